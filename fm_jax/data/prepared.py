@@ -1,0 +1,466 @@
+"""Prepared data: a folder of memory-mapped token shards with a manifest. Making, checking and reading it.
+
+    manifest.json            counts, fingerprints, licence, size and sha256 of every other file
+    tokenizer/               the tokenizer that made the tokens
+    train/ validation/
+      00000.tokens ...       token ids, little-endian uint16 (uint32 where the vocabulary is larger)
+      starts.int64           position of each document's first token in the split, and the split's length
+      bytes.int64            UTF-8 bytes of each document's text
+    validation/text.jsonl.gz the held-out documents as text, for compressors and other baselines
+
+Each document is BOS, its tokens, EOS. With both ends inside the document's own segment every token of
+the text is predicted from something that the model has seen, and so is the end, so that the loss
+summed over a split (all targets but the BOSs) over its text's bytes is exactly bits per byte. A
+tokenizer with only one of the two tokens uses it at both ends.
+
+Documents lie in the order of a hash of their text: pseudo-random, so that neighbours are
+unrelated; the same whatever the order of the sources; and the held-out ones are the first
+`validation_frac` of the range of the hash, so that equal texts can never be on both sides, and a
+text held out of one prepared folder is held out of all of that fraction.
+
+Try:  python -m fm_jax.prepare --source catalogue:tiny_shakespeare --tokenizer bytes --output data/tiny
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import difflib
+import errno
+import functools
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from fm_jax import tokenizer as tokenizers
+from fm_jax.data.documents import Source
+from fm_jax.errors import UserError, choose
+
+FORMAT = 1
+SPLITS = ("train", "validation")
+_BUCKETS = 128          # spool files: a corpus of 100 GB sorts in 0.8 GB of memory; open files stay below 256
+_CHUNK_BYTES = 1 << 20  # text handed to a worker at once
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
+                 errno.ENOTEMPTY)
+_RECORD = struct.Struct("<16sQ")    # spool record: digest, bytes of text that follow
+
+
+def prepare(sources: list[Source], tokenizer: str, output, *, text_key: str = "text", separator: str = "",
+            validation_frac: float = 0.02, shard_tokens: int = 100_000_000, licence: str = "", workers: int = 1,
+            progress: Callable[[str, int], None] = lambda stage, documents: None) -> tuple[dict, bool]:
+    """Returns the manifest of `output` and whether it was already there, made from the same sources.
+
+    The folder appears whole or not at all. The result does not depend on `workers`, nor on the
+    order of the sources.
+
+    Args:
+      tokenizer: path for `tokenizer.load`, "bytes", or "sentencepiece:VOCAB_SIZE", which trains one
+        on the train split.
+      text_key, separator: how `sources` were opened; part of the fingerprint.
+      shard_tokens: a shard is closed before it would exceed this; a document is never divided.
+      progress: called with a stage ("reading", "tokenizing") and the documents done since the last call.
+
+    Raises:
+      UserError: see the manual of the command; the output holds other data; no space.
+    """
+    output = Path(output)
+    if not 0 <= validation_frac < 1:
+        raise UserError(f"--validation_frac={validation_frac} must be at least 0 and below 1")
+    if shard_tokens < 1 or workers < 1:
+        raise UserError(f"--shard_tokens={shard_tokens} and --workers={workers} must be positive")
+    vocab_size, trained = _trained_vocab(tokenizer)
+    request = {
+        "format": FORMAT,
+        "sources": sorted([os.path.basename(s.name), s.size_bytes, s.sha256] for s in sources),
+        "text_key": text_key, "separator": separator,
+        "tokenizer": trained or tokenizers.load(tokenizer).fingerprint,
+        "validation_frac": validation_frac, "shard_tokens": shard_tokens,
+    }
+    fingerprint = hashlib.sha256(json.dumps(request).encode()).hexdigest()
+    if output.exists():
+        return _reuse(output, request), True
+    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    try:
+        partial.mkdir(parents=True)
+        spool = _Spool(partial / "spool", sources, validation_frac, progress)
+        if vocab_size:
+            texts = (data.decode() for _, data in spool.documents("train"))
+            tokenizers.train_sentencepiece(texts, vocab_size, partial / "tokenizer")
+        else:
+            tokenizers.load(tokenizer).save(partial / "tokenizer")
+        made = tokenizers.load(partial / "tokenizer")
+        splits = {split: _write_split(partial, split, spool, made, shard_tokens, workers, progress) for split in SPLITS}
+        shutil.rmtree(partial / "spool")
+        manifest = {
+            "format": FORMAT, "fingerprint": fingerprint, "request": request,
+            "licence": licence or ", ".join(sorted({s.licence for s in sources if s.licence})) or "unknown",
+            "sources": [{"name": s.name, "size_bytes": s.size_bytes, "sha256": s.sha256, "licence": s.licence}
+                        for s in sources],
+            "tokenizer": {"fingerprint": made.fingerprint, "vocab_size": made.vocab_size},
+            "token_dtype": _token_dtype(made).str,
+            "documents_read": spool.read, "documents_empty": spool.empty, "documents_duplicate": spool.duplicate,
+            "splits": splits,
+            "files": _file_table(partial),
+        }
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        _sync(partial)      # a power cut must not leave a whole folder with hollow files
+        os.rename(partial, output)
+    except OSError as error:
+        if error.errno in _WRITE_ERRORS:
+            raise UserError(f"cannot write --output={output}: {error.strerror}; nothing was left behind, make room or "
+                            f"choose another folder") from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest, False
+
+
+def read_manifest(folder) -> dict:
+    """Returns the manifest of a prepared folder after checking that every file is there in its full size.
+
+    Raises:
+      UserError: no such folder, not a prepared one, of another format, or a file missing or cut short.
+    """
+    folder = Path(folder)
+    path = folder / "manifest.json"
+    if not path.is_file():
+        parent = folder.parent
+        near = difflib.get_close_matches(folder.name, os.listdir(parent), n=1) if parent.is_dir() else []
+        hint = f"did you mean {str(parent / near[0])!r}?" if near and near[0] != folder.name else \
+            "make it with python -m fm_jax.prepare"
+        what = "no manifest.json in it" if folder.is_dir() else "no such folder"
+        raise UserError(f"no prepared data at '{folder}' ({what}; {hint})")
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): prepare the folder again") from error
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{folder}: prepared in format {manifest.get('format')}, this version reads {FORMAT}: "
+                        f"prepare it again")
+    for name, entry in manifest["files"].items():
+        file = folder / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != entry["size_bytes"]:
+            raise UserError(f"{file}: {'missing' if size is None else f'{size} bytes'}, the manifest says "
+                            f"{entry['size_bytes']} bytes: copy or prepare the folder again")
+    return manifest
+
+
+def verify(folder) -> None:
+    """Returns nothing. Reads every file and raises UserError for the first whose sha256 is not the manifest's."""
+    for name, entry in read_manifest(folder)["files"].items():
+        if _sha256(Path(folder, name)) != entry["sha256"]:
+            raise UserError(f"{Path(folder, name)}: content differs from the manifest's sha256: copy or prepare the "
+                            f"folder again")
+
+
+def held_out_texts(folder) -> Iterator[str]:
+    """Yields the held-out documents in the order of the validation split."""
+    read_manifest(folder)
+    with gzip.open(Path(folder, "validation", "text.jsonl.gz"), "rt", encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)["text"]
+
+
+class Rows:
+    """Packed rows of a split: row r is tokens [r T, r T + T] of the split's stream, T = seq_len.
+
+    Rows overlap by one token, so that inputs [:, :-1] and targets [:, 1:] meet every token once as a
+    target. The last row is padded, in every split.
+
+    Attributes:
+      seq_len, tokens, documents: int; bytes: UTF-8 bytes of the split's text.
+      fingerprint, tokenizer_fingerprint: from the manifest.
+    """
+
+    def __init__(self, folder, split: str, seq_len: int):
+        choose(split, SPLITS, "split")
+        manifest = read_manifest(folder)
+        entry, self.folder = manifest["splits"][split], Path(folder)
+        if not entry["documents"]:
+            raise UserError(f"{folder}: its {split} split is empty; prepare it with a larger --validation_frac, or "
+                            f"name other data in --config.data.validation")
+        self.seq_len, self.fingerprint = seq_len, manifest["fingerprint"]
+        self.tokenizer_fingerprint = manifest["tokenizer"]["fingerprint"]
+        self.tokens, self.documents, self.bytes = entry["tokens"], entry["documents"], entry["bytes"]
+        self._shards = [np.memmap(self.folder / s["file"], manifest["token_dtype"], "r") for s in entry["shards"]]
+        self._bounds = np.cumsum([0] + [s["tokens"] for s in entry["shards"]])
+        self._starts = np.memmap(self.folder / split / "starts.int64", "<i8", "r")
+
+    def __len__(self):
+        return -(-(self.tokens - 1) // self.seq_len)
+
+    def __getitem__(self, rows) -> dict[str, np.ndarray]:
+        """Returns {"tokens", "segment_ids"}, int32 [n, T+1], of an array of row numbers [n].
+
+        Segments count the documents of a row from 1; padding is segment 0 and token 0.
+        """
+        start = np.asarray(rows, np.int64) * self.seq_len
+        return {"tokens": self._read(start), "segment_ids": self._segments(start)}
+
+    def _read(self, start):
+        out = np.zeros((len(start), self.seq_len + 1), np.int32)
+        first = np.searchsorted(self._bounds, start, "right") - 1
+        inside = start + self.seq_len < self._bounds[first + 1]
+        for shard in np.unique(first[inside]):
+            rows = np.flatnonzero(inside & (first == shard))
+            windows = np.lib.stride_tricks.sliding_window_view(self._shards[shard], self.seq_len + 1)
+            out[rows] = windows[start[rows] - self._bounds[shard]]
+        for row in np.flatnonzero(~inside):     # the few that cross into another shard, or end the split
+            at, end = start[row], min(start[row] + self.seq_len + 1, self.tokens)
+            while at < end:
+                shard = np.searchsorted(self._bounds, at, "right") - 1
+                to = min(end, self._bounds[shard + 1])
+                out[row, at - start[row]:to - start[row]] = \
+                    self._shards[shard][at - self._bounds[shard]:to - self._bounds[shard]]
+                at = to
+        return out
+
+    def _segments(self, start):
+        end = np.minimum(start + self.seq_len + 1, self.tokens)
+        # Documents lo to hi start inside a row, behind its first token.
+        lo, hi = np.searchsorted(self._starts, start, "right"), np.searchsorted(self._starts, end, "left")
+        count = hi - lo
+        row = np.repeat(np.arange(len(start)), count)
+        document = np.arange(len(row)) + np.repeat(lo - (np.cumsum(count) - count), count)
+        segment = np.zeros((len(start), self.seq_len + 1), np.int32)
+        segment[:, 0] = 1
+        segment[row, self._starts[document] - start[row]] = 1
+        np.cumsum(segment, axis=1, out=segment)
+        for short in np.flatnonzero(end - start <= self.seq_len):
+            segment[short, end[short] - start[short]:] = 0
+        return segment
+
+
+class _Spool:
+    """The documents of all sources, sorted by digest through files, so that memory holds one bucket only.
+
+    A bucket is the documents whose digest has the same first bits; buckets in order, each sorted, are
+    the whole in order.
+    """
+
+    def __init__(self, folder, sources, validation_frac, progress):
+        self._folder, self._held_out = folder, int(validation_frac * 2 ** 64)
+        self.read = self.empty = self.duplicate = 0
+        folder.mkdir()
+        files = [open(self._path(b), "wb") for b in range(_BUCKETS)]
+        try:
+            for source in sources:
+                for text in source.texts():
+                    data = text.encode()
+                    self.read += 1
+                    progress("reading", 1)
+                    if not text.strip():
+                        self.empty += 1
+                        continue
+                    digest = hashlib.blake2b(data, digest_size=16).digest()
+                    file = files[digest[0] * _BUCKETS // 256]
+                    file.write(_RECORD.pack(digest, len(data)))
+                    file.write(data)
+        finally:
+            for file in files:
+                file.close()
+        names = ", ".join(s.name for s in sources[:3]) + (", ..." if len(sources) > 3 else "")
+        if self.read == self.empty:
+            raise UserError(f"no text in {names}: {self.read} documents, all empty")
+        self.counts = {"train": 0, "validation": 0}
+        for split in SPLITS:
+            for _, _ in self.documents(split):
+                self.counts[split] += 1
+        self.duplicate = self.read - self.empty - sum(self.counts.values())
+        if not self.counts["train"] or (validation_frac and not self.counts["validation"]):
+            empty = "train" if not self.counts["train"] else "validation"
+            raise UserError(f"{names}: none of {sum(self.counts.values())} documents falls into the {empty} split with "
+                            f"--validation_frac={validation_frac}: change it (0: hold out nothing), or cut the text "
+                            f"into more documents (--document_separator)")
+
+    def documents(self, split):
+        """Yields (digest, UTF-8 bytes) of the split's distinct documents in order."""
+        for bucket in range(_BUCKETS):
+            lowest, highest = (bucket << 64) // _BUCKETS, ((bucket + 1 << 64) // _BUCKETS) - 1
+            if lowest >= self._held_out if split == "validation" else highest < self._held_out:
+                continue
+            last = None
+            for digest, data in sorted(self._load(bucket)):
+                held_out = int.from_bytes(digest[:8], "big") < self._held_out
+                if digest != last and held_out == (split == "validation"):
+                    yield digest, data
+                last = digest
+
+    def _path(self, bucket):
+        return self._folder / f"{bucket:03d}"
+
+    def _load(self, bucket):
+        content, at = self._path(bucket).read_bytes(), 0
+        while at < len(content):
+            digest, length = _RECORD.unpack_from(content, at)
+            at += _RECORD.size
+            yield digest, content[at:at + length]
+            at += length
+
+
+def _write_split(folder, split, spool, tokenizer, shard_tokens, workers, progress):
+    """Returns the split's part of the manifest, having written its files."""
+    (folder / split).mkdir()
+    shards, position = _Shards(folder, split, shard_tokens), 0
+    with contextlib.ExitStack() as stack:
+        stack.callback(shards.close)
+        create = lambda name: stack.enter_context(open(folder / split / name, "wb"))
+        starts, sizes = create("starts.int64"), create("bytes.int64")
+        # No name and no time in the gzip header: the same documents give the same file.
+        raw = split == "validation" and stack.enter_context(
+            gzip.GzipFile("", "wb", 6, create("text.jsonl.gz"), mtime=0))
+        for texts, tokens, lengths in _tokenized(spool.documents(split), folder / "tokenizer", tokenizer, workers):
+            nbytes = np.array([len(t) for t in texts], np.int64)
+            starts.write((position + np.cumsum(lengths) - lengths).astype("<i8").tobytes())
+            sizes.write(nbytes.astype("<i8").tobytes())
+            shards.add(tokens, lengths, nbytes)
+            position += len(tokens)
+            if raw:
+                for text in texts:
+                    raw.write(json.dumps({"text": text.decode()}, ensure_ascii=False).encode() + b"\n")
+            progress("tokenizing", len(texts))
+        starts.write(np.array([position], "<i8").tobytes())
+    return {"documents": sum(s["documents"] for s in shards.entries), "tokens": position,
+            "bytes": sum(s["bytes"] for s in shards.entries), "shards": shards.entries}
+
+
+class _Shards:
+    """Writes documents to numbered shard files of at most `limit` tokens, or of one longer document."""
+
+    def __init__(self, folder, split, limit):
+        self._folder, self._split, self._limit, self._file = folder, split, limit, None
+        self.entries = []
+
+    def add(self, tokens, lengths, nbytes):
+        """Appends documents: their tokens concatenated, and int64 [n] tokens and bytes of each."""
+        ends, done = np.cumsum(lengths), 0
+        while done < len(lengths):
+            if not self._file or self.entries[-1]["tokens"] + lengths[done] > self._limit:
+                self.close()
+                self.entries.append({"file": f"{self._split}/{len(self.entries):05d}.tokens", "documents": 0,
+                                     "tokens": 0, "bytes": 0})
+                self._file = open(self._folder / self.entries[-1]["file"], "wb")
+            entry, before = self.entries[-1], ends[done] - lengths[done]
+            to = max(np.searchsorted(ends, before + self._limit - entry["tokens"], "right"), done + 1)
+            self._file.write(tokens[before:ends[to - 1]].tobytes())
+            entry["documents"] += int(to - done)
+            entry["tokens"] += int(ends[to - 1] - before)
+            entry["bytes"] += int(nbytes[done:to].sum())
+            done = to
+
+    def close(self):
+        if self._file:
+            self._file.close()
+
+
+def _tokenized(documents, folder, tokenizer, workers):
+    """Yields (texts, tokens, lengths) of chunks of documents in order.
+
+    texts: list of UTF-8 bytes; tokens: the chunk's documents with their ends, concatenated, in the
+    dtype of the shards; lengths: int64 [documents].
+    """
+    chunks = _chunks(documents)
+    if workers == 1:
+        for texts in chunks:
+            yield texts, *_tokenize(tokenizer, texts)
+        return
+    # Spawn, not fork: the tokenizers' libraries hold threads.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+        pending = collections.deque()
+        for texts in chunks:
+            pending.append((texts, pool.submit(_tokenize_in_worker, str(folder), texts)))
+            if len(pending) > 2 * workers:
+                texts, future = pending.popleft()
+                yield texts, *future.result()
+        for texts, future in pending:
+            yield texts, *future.result()
+
+
+def _chunks(documents):
+    chunk, size = [], 0
+    for _, data in documents:
+        chunk.append(data)
+        size += len(data)
+        if size >= _CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _tokenize(tokenizer, texts):
+    bos, eos = document_ends(tokenizer)
+    ids = tokenizer.encode_batch([t.decode() for t in texts])
+    parts = [part for i in ids for part in ((bos,), i, (eos,))]
+    tokens = np.concatenate(parts).astype(_token_dtype(tokenizer))
+    return tokens, np.array([len(i) + 2 for i in ids], np.int64)
+
+
+def _tokenize_in_worker(folder, texts):
+    return _tokenize(_loaded(folder), texts)
+
+
+@functools.lru_cache(maxsize=1)     # a worker lives for one prepared folder
+def _loaded(folder):
+    return tokenizers.load(folder)
+
+
+def document_ends(tokenizer: tokenizers.Tokenizer) -> tuple[int, int]:
+    """Returns the ids that a document begins and ends with; the one that there is, where one is missing."""
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    if bos is None and eos is None:
+        raise UserError("this tokenizer has no beginning- or end-of-text token, so documents could not be told apart: "
+                        "name them in a tokenizer_config.json beside it")
+    return (eos if bos is None else bos), (bos if eos is None else eos)
+
+
+def _token_dtype(tokenizer):
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+
+def _trained_vocab(tokenizer):
+    """Returns (vocabulary size, what defines it) of "sentencepiece:SIZE", or (None, None)."""
+    if not tokenizer.startswith("sentencepiece"):
+        return None, None
+    size = tokenizer.removeprefix("sentencepiece").removeprefix(":")
+    if not size.isdigit() or not int(size):
+        raise UserError(f"--tokenizer={tokenizer!r}: give the vocabulary size, as in sentencepiece:8192")
+    return int(size), f"{tokenizer} by sentencepiece {importlib.metadata.version('sentencepiece')}"
+
+
+def _reuse(output, request):
+    if not (output / "manifest.json").is_file():
+        raise UserError(f"--output={output} exists and is no prepared data: choose another or remove it")
+    manifest = read_manifest(output)
+    differs = [k for k in request if request[k] != manifest["request"].get(k)]
+    if differs:
+        raise UserError(f"--output={output} exists and was prepared differently (in {', '.join(differs)}): choose "
+                        f"another or remove it")
+    return manifest
+
+
+def _file_table(folder):
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): {"size_bytes": p.stat().st_size, "sha256": _sha256(p)} for p in paths}
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(folder):
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

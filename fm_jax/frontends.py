@@ -1,0 +1,70 @@
+"""What turns a medium into x [B, T, D] for the Transformer, and hidden states back into logits.
+
+Layer 1. Text tokens today; patches, log-mel frames, series, actions and timesteps find their place here.
+Letters as in `model.py`.
+"""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from fm_jax import kernels
+from fm_jax.architecture import Architecture
+from fm_jax.model import dropout, normal, param
+from fm_jax.sharding import Layout
+
+
+def sinusoidal_positions(positions_BT, dim: int):
+    """Returns float32 [B, T, dim]: sines in the first half, cosines in the second.
+
+    Source: arXiv:1706.03762, section 3.5, with the channels grouped instead of interleaved.
+    """
+    freqs = 10000.0 ** (-jnp.arange(0, dim, 2) / dim)
+    angles = positions_BT[..., None].astype(jnp.float32) * freqs
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[..., :dim]
+
+
+class TokenEmbed(nn.Module):
+    """Token ids to x and hidden states to logits, through one table (tied) or two."""
+
+    arch: Architecture
+    layout: Layout | None = None
+
+    def setup(self):
+        a = self.arch
+        table = lambda name: param(self, name, normal(0.02), a.param_dtype, vocab=a.vocab_size, embed=a.embed_dim)
+        self.tokens = table("tokens")
+        self.head = self.tokens if a.tie_embeddings else table("head")
+        if a.position == "learned":
+            self.positions = param(self, "positions", normal(0.02), a.param_dtype,
+                                   position=a.max_seq_len, embed=a.embed_dim)
+
+    def __call__(self, tokens_BT, positions_BT, key=None):
+        """Returns x [B, T, D] in the compute dtype. Ids and positions outside their tables are the caller's error."""
+        a = self.arch
+        rows = self._gatherable(self.tokens)[tokens_BT].astype(a.dtype) * jnp.asarray(a.embed_scale, a.dtype)
+        if a.position == "learned":
+            rows += self._gatherable(self.positions, "position")[positions_BT].astype(a.dtype)
+        elif a.position == "sinusoidal":
+            rows += sinusoidal_positions(positions_BT, a.embed_dim).astype(a.dtype)
+        x = dropout(rows, a.dropout, key)
+        return self.layout.constrain(x, "batch", "length", "embed") if self.layout else x
+
+    def _gatherable(self, table, axis="vocab"):
+        """Returns the table gathered over fsdp: a gather from its cut width makes XLA rematerialise the activations."""
+        return jax.lax.with_sharding_constraint(table, self.layout.sharding((axis, None), table.shape)) if (
+            self.layout) else table
+
+    def logits(self, x_BTD):
+        """Returns float32 logits [B, T, V]."""
+        flat = kernels.linear(x_BTD, self.head.T)
+        logits = flat.astype(jnp.float32)
+        cap = self.arch.logit_softcap
+        return cap * jnp.tanh(logits / cap) if cap else logits
+
+    def losses(self, x_BTD, labels_BT):
+        """Returns float32 (nll, lse, correct) [B, T] of the labels, without ever holding all logits."""
+        a, B = self.arch, x_BTD.shape[0]
+        parts = self.layout.batch_parts if self.layout else 1
+        return kernels.cross_entropy(x_BTD, self.head, labels_BT, softcap=a.logit_softcap,
+                                     chunk_length=max(1, a.loss_chunk_tokens * parts // B))

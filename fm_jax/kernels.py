@@ -1,0 +1,310 @@
+"""The few operations whose form decides speed and memory, each with a plain reference beside it.
+
+Layer 1. Arrays in, arrays out, no parameters. The fast forms save less for the backward pass and
+never build the whole score matrix or the whole logits; tests hold them to the references, values and
+gradients. Letters as in `model.py`.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fm_jax.errors import UserError
+
+NEVER = -1e30           # score of a masked key: finite, so that a row without keys gives no NaN
+QUERY_CHUNK = 128       # fastest of 64, 128, 256 in training on two AVX-512 cores; see LOG.md
+MOST_QUERY_CHUNKS = 16  # the chunk loop is unrolled: longer sequences take longer chunks
+
+
+# --- linear maps ------------------------------------------------------------------------------------------------
+
+def linear(x, w, inputs: int = 1):
+    """Returns x [..., *ins] times w [*ins, *outs], contracting the `inputs` axes `ins`: [..., *outs].
+
+    Both operands are made 2-D first: XLA:CPU gives the weight gradient of a matrix product its fast
+    form, and that of the same product over [B, T, D] a slow one (1.15x of a whole train step).
+    """
+    ins, outs = w.shape[:inputs], w.shape[inputs:]
+    lead = x.shape[: x.ndim - inputs]
+    y = x.reshape(-1, int(np.prod(ins))) @ w.astype(x.dtype).reshape(int(np.prod(ins)), int(np.prod(outs)))
+    return y.reshape(*lead, *outs)
+
+
+# --- norms --------------------------------------------------------------------------------------------------------
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def norm(x, scale, bias, eps: float, centered: bool):
+    """Returns x / rms(x) * scale (+ bias), over the last axis, in x's dtype; statistics in float32.
+
+    `centered` subtracts the mean first, which makes it LayerNorm. The backward pass keeps x, its mean
+    and its reciprocal deviation, and nothing else. Source: arXiv:1910.07467 (RMSNorm), arXiv:1607.06450.
+    """
+    return _norm_forward(x, scale, bias, eps, centered)[0]
+
+
+def norm_reference(x, scale, bias, eps, centered):
+    x32 = x.astype(jnp.float32)
+    if centered:
+        x32 = x32 - x32.mean(-1, keepdims=True)
+    y = x32 * jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + eps) * scale
+    return (y if bias is None else y + bias).astype(x.dtype)
+
+
+def _norm_forward(x, scale, bias, eps, centered):
+    x32 = x.astype(jnp.float32)
+    mean = x32.mean(-1, keepdims=True) if centered else None
+    c = x32 - mean if centered else x32
+    rstd = jax.lax.rsqrt((c * c).mean(-1, keepdims=True) + eps)
+    y = c * rstd * scale
+    y = y if bias is None else y + bias
+    return y.astype(x.dtype), (x, scale, bias, mean, rstd)
+
+
+def _norm_backward(eps, centered, saved, dy):
+    x, scale, bias, mean, rstd = saved
+    lead = tuple(range(x.ndim - 1))
+    dy32 = dy.astype(jnp.float32)
+    x32 = x.astype(jnp.float32)
+    normed = ((x32 - mean) if centered else x32) * rstd
+    dn = dy32 * scale
+    dx = dn - normed * (dn * normed).mean(-1, keepdims=True)
+    if centered:
+        dx = dx - dn.mean(-1, keepdims=True)
+    dscale = (dy32 * normed).sum(lead).astype(scale.dtype)
+    dbias = None if bias is None else dy32.sum(lead).astype(bias.dtype)
+    return (dx * rstd).astype(x.dtype), dscale, dbias
+
+
+norm.defvjp(_norm_forward, _norm_backward)
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+class Mask(NamedTuple):
+    """Which keys a query sees. All conditions given must hold; a key of the prefix excuses `causal`."""
+
+    causal: bool = True
+    window: int = 0            # 0: no limit; else |query index - key index| < window
+    q_segments_BT: jax.Array | None = None   # a query sees the keys of its own segment
+    k_segments_BS: jax.Array | None = None
+    k_prefix_BS: jax.Array | None = None     # True: seen by every query of the segment (prefix LM)
+    q_index_BT: jax.Array | None = None      # place in the sequence; None: 0, 1, 2, ...
+    k_index_BS: jax.Array | None = None
+
+    def visible(self, T: int, S: int, q_start: int = 0, k_start: int = 0):
+        """Returns bool [B or 1, T, S] for T queries from index q_start and S keys from k_start; None: all seen.
+
+        The arrays of the mask must already be cut to these T and S.
+        """
+        q = self.q_index_BT if self.q_index_BT is not None else (q_start + jnp.arange(T))[None]
+        k = self.k_index_BS if self.k_index_BS is not None else (k_start + jnp.arange(S))[None]
+        ahead = k[:, None, :] - q[:, :, None]
+        seen = None
+        if self.causal:
+            seen = ahead <= 0
+            if self.k_prefix_BS is not None:
+                seen |= self.k_prefix_BS[:, None, :]
+        if self.window:
+            near = jnp.abs(ahead) < self.window
+            seen = near if seen is None else seen & near
+        if self.q_segments_BT is not None:
+            same = self.q_segments_BT[:, :, None] == self.k_segments_BS[:, None, :]
+            seen = same if seen is None else seen & same
+        return seen
+
+    def part(self, q: slice, k: slice) -> "Mask":
+        """Returns the mask of a block of queries and keys, without index arrays."""
+        cut = lambda a, s: None if a is None else a[:, s]
+        return self._replace(q_segments_BT=cut(self.q_segments_BT, q), k_segments_BS=cut(self.k_segments_BS, k),
+                             k_prefix_BS=cut(self.k_prefix_BS, k))
+
+
+def attention(q_BTKGH, k_BSKH, v_BSKH, mask: Mask, *, scale: float, softcap: float = 0.0, kernel: str = "auto"):
+    """Returns the attention output [B, T, K, G, H] in q's dtype; scores and softmax in float32.
+
+    kernel: "reference" builds all scores; "chunked" goes by blocks of queries, skips keys that no query
+    of the block sees, and recomputes scores in the backward pass: memory grows with T, not T x S.
+    "auto" is chunked wherever it applies and pays.
+
+    Raises:
+      UserError: "chunked" for queries and keys with index arrays (a cache), which it cannot serve.
+    """
+    T, S = q_BTKGH.shape[1], k_BSKH.shape[1]
+    indexed = mask.q_index_BT is not None or mask.k_index_BS is not None
+    if kernel == "auto":
+        kernel = "reference" if indexed or T < QUERY_CHUNK else "chunked"
+    if kernel == "reference":
+        return attention_reference(q_BTKGH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap)
+    if indexed:
+        raise UserError("model.attention_kernel='chunked' cannot attend to a cache; use 'auto' or 'reference'")
+    if mask.causal and T != S:
+        raise UserError(f"causal attention without indices needs as many queries as keys, got {T} and {S}")
+    chunk = max(QUERY_CHUNK, -(-T // MOST_QUERY_CHUNKS))
+    arrays = (mask.q_segments_BT, mask.k_segments_BS, mask.k_prefix_BS)
+    return _chunked(q_BTKGH, k_BSKH, v_BSKH, arrays, (mask.causal, mask.window, scale, softcap, chunk))
+
+
+def attention_reference(q_BTKGH, k_BSKH, v_BSKH, mask: Mask, *, scale, softcap=0.0):
+    """Returns attention by its definition. Source: arXiv:1706.03762, equation 1."""
+    s_BKGTS = _scores(jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32),
+                      scale, softcap)
+    seen = mask.visible(q_BTKGH.shape[1], k_BSKH.shape[1])
+    if seen is not None:
+        s_BKGTS = jnp.where(seen[:, None, None], s_BKGTS, NEVER)
+    p_BKGTS = jax.nn.softmax(s_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", p_BKGTS, v_BSKH)
+
+
+def _scores(s, scale, softcap):
+    s = s * scale
+    return softcap * jnp.tanh(s / softcap) if softcap else s
+
+
+def _blocks(T, S, causal, window, has_prefix, chunk):
+    """Yields (queries, keys) slices: each block of queries with the span of keys that any of them may see."""
+    for start in range(0, T, chunk):
+        stop = min(start + chunk, T)
+        first = max(0, start - window + 1) if window else 0
+        last = stop if causal and not has_prefix else min(S, stop + window - 1) if window else S
+        yield slice(start, stop), slice(first // chunk * chunk, last)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _chunked(q, k, v, arrays, static):
+    return _chunked_forward(q, k, v, arrays, static)[0]
+
+
+def _block_scores(q, k, mask, rows, cols, scale, softcap):
+    """Returns float32 scores [B, K, G, rows, cols], NEVER where not visible."""
+    s = _scores(jnp.einsum("bkgth,bksh->bkgts", q[:, :, :, rows], k[:, :, cols],
+                           preferred_element_type=jnp.float32), scale, softcap)
+    seen = mask.part(rows, cols).visible(rows.stop - rows.start, cols.stop - cols.start, rows.start, cols.start)
+    return s if seen is None else jnp.where(seen[:, None, None], s, NEVER)
+
+
+def _chunked_forward(q_BTKGH, k_BSKH, v_BSKH, arrays, static):
+    causal, window, scale, softcap, chunk = static
+    mask = Mask(causal, window, *arrays)
+    q, k, v = q_BTKGH.transpose(0, 2, 3, 1, 4), k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
+    outs, lses = [], []
+    for rows, cols in _blocks(q.shape[3], k.shape[2], causal, window, mask.k_prefix_BS is not None, chunk):
+        s = _block_scores(q, k, mask, rows, cols, scale, softcap)
+        top = s.max(-1, keepdims=True)
+        p = jnp.exp(s - top)
+        total = p.sum(-1, keepdims=True)
+        out = jnp.einsum("bkgts,bksh->bkgth", p.astype(v.dtype), v[:, :, cols], preferred_element_type=jnp.float32)
+        outs.append((out / total).astype(q.dtype))
+        lses.append(top + jnp.log(total))
+    out = jnp.concatenate(outs, axis=3)
+    lse = jnp.concatenate(lses, axis=3)
+    return out.transpose(0, 3, 1, 2, 4), (q, k, v, arrays, out, lse)
+
+
+def _chunked_backward(static, saved, dout_BTKGH):
+    """Source: arXiv:2205.14135 (FlashAttention), appendix B, without its inner loop over keys."""
+    causal, window, scale, softcap, chunk = static
+    q, k, v, arrays, out, lse = saved
+    mask = Mask(causal, window, *arrays)
+    dout = dout_BTKGH.transpose(0, 2, 3, 1, 4)
+    delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
+    dqs, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for rows, cols in _blocks(q.shape[3], k.shape[2], causal, window, mask.k_prefix_BS is not None, chunk):
+        s = _block_scores(q, k, mask, rows, cols, scale, softcap)
+        p = jnp.exp(s - lse[:, :, :, rows])
+        do = dout[:, :, :, rows]
+        dp = jnp.einsum("bkgth,bksh->bkgts", do, v[:, :, cols], preferred_element_type=jnp.float32)
+        ds = p * (dp - delta[:, :, :, rows]) * scale
+        if softcap:   # s is capped here: d(cap tanh(x/cap))/dx = 1 - (s/cap)^2; a masked score has p = 0
+            ds = ds * (1 - jnp.square(jnp.where(p > 0, s, 0) / softcap))
+        ds = ds.astype(q.dtype)
+        dqs.append(jnp.einsum("bkgts,bksh->bkgth", ds, k[:, :, cols]))
+        dk = dk.at[:, :, cols].add(jnp.einsum("bkgts,bkgth->bksh", ds, q[:, :, :, rows],
+                                              preferred_element_type=jnp.float32))
+        dv = dv.at[:, :, cols].add(jnp.einsum("bkgts,bkgth->bksh", p.astype(do.dtype), do,
+                                              preferred_element_type=jnp.float32))
+    dq = jnp.concatenate(dqs, axis=3).transpose(0, 3, 1, 2, 4)
+    return dq, dk.astype(k.dtype).transpose(0, 2, 1, 3), dv.astype(v.dtype).transpose(0, 2, 1, 3), (None,) * 3
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+# --- cross-entropy ----------------------------------------------------------------------------------------------------
+
+def cross_entropy(x_BTD, table_VD, labels_BT, *, softcap: float = 0.0, chunk_length: int = 0):
+    """Returns float32 (nll, lse, correct), each [B, T], of logits = softcap(x . table), by pieces of the sequence.
+
+    nll is -log softmax(logits)[label], lse the log-normaliser (for a z-loss), correct 1 where the label has
+    the largest logit (no gradient). Logits exist for `chunk_length` positions of each row at a time, in both
+    passes (0: all at once), so a large vocabulary costs no memory.
+    """
+    B, T, D = x_BTD.shape
+    c = min(chunk_length or T, T)
+    chunks = -(-T // c)
+    pad = [(0, 0), (0, chunks * c - T)]
+    x = jnp.pad(x_BTD, [*pad, (0, 0)]).reshape(B, chunks, c, D).swapaxes(0, 1)
+    labels = jnp.pad(labels_BT, pad).reshape(B, chunks, c).swapaxes(0, 1)
+    outs = _token_losses(x, table_VD, labels, softcap)
+    return tuple(o.swapaxes(0, 1).reshape(B, chunks * c)[:, :T] for o in outs)
+
+
+def cross_entropy_reference(x_BTD, table_VD, labels_BT, *, softcap=0.0):
+    logits = _scores(jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32), 1.0, softcap)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, labels_BT[..., None], axis=-1)[..., 0]
+    return lse - picked, lse, (logits.argmax(-1) == labels_BT).astype(jnp.float32)
+
+
+def _chunk_logits(x, table, softcap):
+    """Returns float32 logits [B, c, V] of one chunk x [B, c, D]."""
+    flat = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), table.astype(x.dtype), (((1,), (1,)), ((), ())),
+                               preferred_element_type=jnp.float32)
+    return _scores(flat, 1.0, softcap).reshape(*x.shape[:2], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _token_losses(x, table, labels, softcap):
+    return _token_losses_forward(x, table, labels, softcap)[0]
+
+
+def _token_losses_forward(x, table, labels, softcap):
+    def one(chunk):
+        x_c, labels_c = chunk
+        logits = _chunk_logits(x_c, table, softcap)
+        top = logits.max(-1)
+        lse = top + jnp.log(jnp.exp(logits - top[..., None]).sum(-1))
+        # A comparison, not a gather: it stays local where the vocabulary is sharded.
+        hit = jnp.arange(logits.shape[-1]) == labels_c[..., None]
+        picked = jnp.where(hit, logits, 0).sum(-1)
+        return lse - picked, lse, (picked >= top).astype(jnp.float32)
+
+    nll, lse, correct = jax.lax.map(one, (x, labels))
+    return (nll, lse, correct), (x, table, labels, lse)
+
+
+def _token_losses_backward(softcap, saved, cotangents):
+    x, table, labels, lse = saved
+    dnll, dlse, _ = cotangents
+
+    def one(dtable, chunk):
+        x_c, labels_c, lse_c, dnll_c, dlse_c = chunk
+        logits = _chunk_logits(x_c, table, softcap)
+        hit = jnp.arange(logits.shape[-1]) == labels_c[..., None]
+        p = jnp.exp(logits - lse_c[..., None])
+        dlogits = p * (dnll_c + dlse_c)[..., None] - jnp.where(hit, dnll_c[..., None], 0)
+        if softcap:
+            dlogits = dlogits * (1 - jnp.square(logits / softcap))
+        flat = dlogits.astype(x_c.dtype).reshape(-1, dlogits.shape[-1])
+        dx = (flat @ table.astype(x_c.dtype)).reshape(x_c.shape)
+        dtable += jax.lax.dot_general(flat, x_c.reshape(-1, x_c.shape[-1]), (((0,), (0,)), ((), ())),
+                                      preferred_element_type=jnp.float32)
+        return dtable, dx
+
+    dtable, dx = jax.lax.scan(one, jnp.zeros(table.shape, jnp.float32), (x, labels, lse, dnll, dlse))
+    return dx, dtable.astype(table.dtype), None
+
+
+_token_losses.defvjp(_token_losses_forward, _token_losses_backward)

@@ -1,0 +1,393 @@
+"""One Transformer for every model here: decoder, encoder, encoder-decoder, any modality.
+
+Layer 1. What varies is data in `Architecture`; what computes is below, in reading order: parameters,
+positions, attention, mlp, block, stack. Linen declares and names parameters; stacking over layers,
+scan, remat, dropout, cache and capture are plain JAX.
+
+Letters: B batch, T query length, S key length, D width, N heads, K kv heads, G query heads per kv
+head, H head size, F mlp hidden, V vocabulary, L layers. `x_BTD` has these axes in this order.
+"""
+
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fm_jax import kernels
+from fm_jax.architecture import ROPE_SCALINGS, Architecture
+from fm_jax.errors import UserError
+from fm_jax.sharding import Boxed, Layout, is_boxed
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,                      # keeps the input of each block
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,      # and the outputs of its projections
+}
+TAPS = ("residual", "attention", "mlp")   # what `capture` can name: block output, and what each sublayer adds
+
+
+# --- parameters ---------------------------------------------------------------------------------------------------
+
+def param(module: nn.Module, name: str, init, dtype: str = "float32", /, **axes: int):
+    """Returns the parameter `name` of shape `axes.values()` with logical axes `axes.keys()`, in that order."""
+    make = lambda key: Boxed(init(key, tuple(axes.values()), jnp.dtype(dtype)), tuple(axes))
+    return module.param(name, make)
+
+
+def normal(std: float):
+    """Returns an initialiser: normal, cut at two deviations, of standard deviation `std`."""
+    return nn.initializers.truncated_normal(std / 0.87962566)   # the deviation of a unit normal cut at 2
+
+
+def fan_in(size: int, gain: float = 1.0):
+    """Returns an initialiser that keeps the variance of a unit-variance input of `size` channels, times gain^2."""
+    return normal(gain * size ** -0.5)
+
+
+zeros, ones = nn.initializers.zeros, nn.initializers.ones
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last axis."""
+
+    arch: Architecture
+    axis: str = "norm"
+
+    @nn.compact
+    def __call__(self, x):
+        a, size = self.arch, x.shape[-1]
+        scale = param(self, "scale", zeros if a.norm_zero_centered else ones, a.param_dtype, **{self.axis: size})
+        bias = param(self, "bias", zeros, a.param_dtype, **{self.axis: size}) if a.norm_bias else None
+        scale = scale.astype(jnp.float32) + (1.0 if a.norm_zero_centered else 0.0)
+        return kernels.norm(x, scale, bias, a.norm_eps, a.norm == "layernorm")
+
+
+def dropout(x, rate: float, key):
+    """Returns x with a share `rate` of its elements zeroed and the rest scaled up; x itself where key is None."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+# --- positions -------------------------------------------------------------------------------------------------------
+
+def rope_frequencies(arch: Architecture, theta: float, scaling: dict) -> tuple[np.ndarray, float]:
+    """Returns (angular frequencies [rope_dim / 2] float64, factor on cos and sin).
+
+    Source: RoPE arXiv:2104.09864; linear arXiv:2306.15595; YaRN arXiv:2309.00071, sections 3.2 to 3.4;
+    llama3: the Llama 3.1 release, smoothing between two wavelengths.
+    """
+    dim = arch.rope_dim
+    freqs = theta ** (-np.arange(0, dim, 2) / dim)
+    kind = scaling.get("type", "none")
+    s = {**ROPE_SCALINGS.get(kind, {}), **scaling}
+    if kind == "linear":
+        return freqs / s["factor"], 1.0
+    if kind == "llama3":
+        turns = s["original_max_seq_len"] * freqs / (2 * np.pi)   # over the original context
+        keep = np.clip((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"]), 0, 1)
+        return freqs * (keep + (1 - keep) / s["factor"]), 1.0
+    if kind == "yarn":
+        # The channel whose frequency makes `turns` turns over the original context.
+        channel = lambda turns: dim * np.log(s["original_max_seq_len"] / (turns * 2 * np.pi)) / (2 * np.log(theta))
+        low = max(np.floor(channel(s["beta_fast"])), 0)
+        high = min(np.ceil(channel(s["beta_slow"])), dim - 1)
+        slow = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
+        return freqs * (1 - slow) + freqs / s["factor"] * slow, s["attention_factor"] or 0.1 * np.log(s["factor"]) + 1
+    return freqs, 1.0
+
+
+def rope_table(arch: Architecture, kind: str, positions_BT):
+    """Returns (cos, sin), float32 [B, T, rope_dim / 2], for the layers of this kind."""
+    own = kind == "local" and arch.rope_local_theta > 0
+    freqs, factor = rope_frequencies(arch, arch.rope_local_theta if own else arch.rope_theta,
+                                     {} if own else arch.rope_scaling)
+    angles = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(freqs, jnp.float32)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(x, table):
+    """Returns x [B, T, ..., H] with its first 2 * table channels rotated, halves paired (channel i with i + half)."""
+    cos, sin = (t.reshape(*t.shape[:2], *(1,) * (x.ndim - 3), -1) for t in table)
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32), x[..., 2 * half :]
+    return jnp.concatenate([(a * cos - b * sin).astype(x.dtype), (b * cos + a * sin).astype(x.dtype), rest], axis=-1)
+
+
+# --- attention -----------------------------------------------------------------------------------------------------
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far: one array [B, S, K, H] a layer, and how many are valid."""
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    length_B: jax.Array
+
+    @classmethod
+    def empty(cls, arch: Architecture, batch: int, max_length: int) -> "Cache":
+        make = lambda: tuple(jnp.zeros((batch, max_length, arch.num_kv_heads, arch.head_dim), arch.dtype)
+                             for _ in range(arch.num_layers))
+        return cls(make(), make(), jnp.zeros(batch, jnp.int32))
+
+
+class Attention(nn.Module):
+    """Multi-head, grouped-query or multi-query attention, to itself or to `context_BSD`."""
+
+    arch: Architecture
+    layout: Layout | None = None
+    cross: bool = False
+
+    @nn.compact
+    def __call__(self, x_BTD, mask, rope, context_BSD=None, cache=None):
+        """Returns (output [B, T, D], cache): cache is None, or (k, v [B, S, K, H], index_BT) to write and read."""
+        a = self.arch
+        D, K, G, H = a.embed_dim, a.num_kv_heads, a.groups, a.head_dim
+        source = context_BSD if self.cross else x_BTD
+        wq = param(self, "wq", fan_in(D), a.param_dtype, embed=D, kv_heads=K, groups=G, head=H)
+        wk = param(self, "wk", fan_in(D), a.param_dtype, embed=D, kv_heads=K, head=H)
+        wv = param(self, "wv", fan_in(D), a.param_dtype, embed=D, kv_heads=K, head=H)
+        wo = param(self, "wo", fan_in(K * G * H, (2 * a.num_layers) ** -0.5), a.param_dtype,
+                   kv_heads=K, groups=G, head=H, embed=D)
+        q, k, v = kernels.linear(x_BTD, wq), kernels.linear(source, wk), kernels.linear(source, wv)
+        if a.qkv_bias:
+            q += param(self, "q_bias", zeros, a.param_dtype, kv_heads=K, groups=G, head=H).astype(q.dtype)
+            k += param(self, "k_bias", zeros, a.param_dtype, kv_heads=K, head=H).astype(k.dtype)
+            v += param(self, "v_bias", zeros, a.param_dtype, kv_heads=K, head=H).astype(v.dtype)
+        if a.qk_norm == "head":
+            q, k = Norm(a, name="q_norm")(q), Norm(a, name="k_norm")(k)
+        elif a.qk_norm == "full":
+            q = Norm(a, name="q_norm")(q.reshape(*q.shape[:2], -1)).reshape(q.shape)
+            k = Norm(a, name="k_norm")(k.reshape(*k.shape[:2], -1)).reshape(k.shape)
+        if rope is not None and not self.cross:
+            q, k = rotate(q, rope), rotate(k, rope)
+        if self.layout:
+            q = self.layout.constrain(q, "batch", "length", "kv_heads", "groups", "head")
+            k = self.layout.constrain(k, "batch", "length", "kv_heads", "head")
+            v = self.layout.constrain(v, "batch", "length", "kv_heads", "head")
+        if cache is not None and not self.cross:
+            k_all, v_all, index_BT = cache
+            rows = jnp.arange(x_BTD.shape[0])[:, None]
+            # Writes past the end are dropped; decode.py never lets a sequence get there.
+            k = k_all.at[rows, index_BT].set(k.astype(k_all.dtype), mode="drop")
+            v = v_all.at[rows, index_BT].set(v.astype(v_all.dtype), mode="drop")
+            cache = (k, v, index_BT)
+        out = kernels.attention(q, k, v, mask, scale=a.attention_scale or H ** -0.5, softcap=a.attention_softcap,
+                                kernel=a.attention_kernel if cache is None else "reference")
+        y = kernels.linear(out, wo, inputs=3)
+        if a.attention_out_bias:
+            y += param(self, "o_bias", zeros, a.param_dtype, norm=D).astype(y.dtype)
+        return y, cache
+
+
+# --- mlp ------------------------------------------------------------------------------------------------------------
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+
+
+class Mlp(nn.Module):
+    """Two projections with an activation between, or three with a gate (arXiv:2002.05202)."""
+
+    arch: Architecture
+    layout: Layout | None = None
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        a = self.arch
+        D, F, act = a.embed_dim, a.mlp_dim, ACTIVATIONS[a.activation]
+        bias = lambda name, **axes: param(self, name, zeros, a.param_dtype, **axes).astype(x_BTD.dtype)
+        h = kernels.linear(x_BTD, param(self, "w_up", fan_in(D), a.param_dtype, embed=D, mlp=F))
+        if a.mlp_bias:
+            h += bias("up_bias", mlp=F)
+        if a.gated_mlp:
+            gate = kernels.linear(x_BTD, param(self, "w_gate", fan_in(D), a.param_dtype, embed=D, mlp=F))
+            if a.mlp_bias:
+                gate += bias("gate_bias", mlp=F)
+            h = act(gate) * h
+        else:
+            h = act(h)
+        if self.layout:
+            h = self.layout.constrain(h, "batch", "length", "mlp")
+        y = kernels.linear(h, param(self, "w_down", fan_in(F, (2 * a.num_layers) ** -0.5), a.param_dtype, mlp=F, embed=D))
+        return y + bias("down_bias", norm=D) if a.mlp_bias else y
+
+
+# --- block and stack --------------------------------------------------------------------------------------------------
+
+class Inputs(NamedTuple):
+    """What every block of a stack sees beside its input: masks and rope tables by layer kind, and the encoder."""
+
+    masks: dict[str, kernels.Mask]
+    ropes: dict[str, Any]
+    context_BSD: Any = None
+    context_mask: Any = None
+
+
+class Block(nn.Module):
+    """Attention, then cross attention where the architecture has it, then the mlp, each with its norm and residual."""
+
+    arch: Architecture
+    layout: Layout | None = None
+
+    @nn.compact
+    def __call__(self, x_BTD, inputs: Inputs, kind: str, key=None, cache=None):
+        """Returns (x [B, T, D], cache of this layer, taps)."""
+        a = self.arch
+        keys = jax.random.split(key, 3) if key is not None else (None,) * 3
+
+        def sublayer(x, name, f, key):
+            before = a.norm_position in ("pre", "sandwich")
+            y = f(Norm(a, name=f"{name}_norm")(x) if before else x)
+            if a.norm_position in ("sandwich", "output"):
+                y = Norm(a, name=f"{name}_out_norm")(y)
+            y = dropout(y, a.dropout, key)
+            x = x + y
+            if a.norm_position == "post":
+                x = Norm(a, name=f"{name}_norm")(x)
+            return self.layout.constrain(x, "batch", "length", "embed") if self.layout else x, y
+
+        def attend(x):
+            nonlocal cache
+            y, cache = Attention(a, self.layout, name="attention")(x, inputs.masks[kind], inputs.ropes[kind], cache=cache)
+            return y
+
+        def cross(x):
+            return Attention(a, self.layout, cross=True, name="cross")(x, inputs.context_mask, None, inputs.context_BSD)[0]
+
+        x, attended = sublayer(x_BTD, "attention", attend, keys[0])
+        if a.cross_attention:
+            x, _ = sublayer(x, "cross", cross, keys[1])
+        x, added = sublayer(x, "mlp", Mlp(a, self.layout, name="mlp"), keys[2])
+        return x, cache, {"residual": x, "attention": attended, "mlp": added}
+
+
+class Transformer(nn.Module):
+    """The stack of blocks: x [B, T, D] in, x [B, T, D] out.
+
+    The parameters of all layers are stacked, `layers.* [L, ...]`, or a tuple of L trees, as `unstack`
+    makes it for decoding. `scan_layers` compiles one period of the layer pattern and scans it.
+    """
+
+    arch: Architecture
+    layout: Layout | None = None
+
+    @nn.compact
+    def __call__(self, x_BTD, *, positions_BT=None, segment_ids_BT=None, prefix_BT=None, context_BSD=None,
+                 context_segment_ids_BS=None, cache: Cache | None = None, key=None, capture=()):
+        """Returns (x [B, T, D], cache, taps).
+
+        Args:
+          positions_BT: of the rotary embedding; default 0, 1, 2, ... (from the cache's length, with a cache).
+          segment_ids_BT: tokens see only their own segment (packed documents; 0 marks padding).
+          prefix_BT: True where a token may be seen by all of its segment (prefix LM).
+          context_BSD, context_segment_ids_BS: the encoder's output, for cross attention.
+          cache: attend to what it holds and to x, which is appended. Not with segments or a prefix.
+          key: of dropout; None: no dropout.
+          capture: names out of TAPS to return, each [L, B, T, D].
+        """
+        a, (B, T, _) = self.arch, x_BTD.shape
+        block = Block(a, self.layout, parent=None)
+        if self.is_initializing():
+            layers = self.param("layers", self._init_layers)
+        else:
+            layers = self.get_variable("params", "layers")
+
+        index_BT = None
+        if cache is not None:
+            if segment_ids_BT is not None or prefix_BT is not None:
+                raise UserError("a cache cannot be combined with segment_ids or a prefix: one sequence a row")
+            index_BT = cache.length_B[:, None] + jnp.arange(T)
+        if positions_BT is None:
+            positions_BT = index_BT if index_BT is not None else jnp.broadcast_to(jnp.arange(T), (B, T))
+        kinds = a.layer_kinds
+        mask = kernels.Mask(a.causal, 0, segment_ids_BT, segment_ids_BT, prefix_BT, index_BT,
+                            None if cache is None else jnp.arange(cache.k[0].shape[1])[None])
+        context_mask = None
+        if a.cross_attention:
+            if context_BSD is None:
+                raise UserError("a stack with model.cross_attention needs context_BSD, the output of an encoder")
+            context_mask = kernels.Mask(False, 0, segment_ids_BT, context_segment_ids_BS)
+            if segment_ids_BT is None and context_segment_ids_BS is not None:   # unpacked: only hide the padding
+                context_mask = context_mask._replace(q_segments_BT=jnp.ones((B, T), context_segment_ids_BS.dtype))
+        inputs = Inputs({k: mask._replace(window=a.window if k == "local" else 0) for k in set(kinds)},
+                        {k: rope_table(a, k, positions_BT) if a.position == "rope" else None for k in set(kinds)},
+                        context_BSD, context_mask)
+        keys = jax.random.split(key, a.num_layers) if key is not None else None
+
+        def apply(x, layer, key, kind, layer_cache=None):
+            x, layer_cache, taps = block.apply({"params": layer}, x, inputs, kind, key, layer_cache)
+            return x, layer_cache, {name: taps[name] for name in capture}
+
+        if cache is not None:
+            x, ks, vs, taps = x_BTD, [], [], []
+            for i, (layer, kind) in enumerate(zip(unstack(layers, a.num_layers), kinds)):
+                x, (k, v, _), tap = apply(x, layer, None, kind, (cache.k[i], cache.v[i], index_BT))
+                ks, vs, taps = [*ks, k], [*vs, v], [*taps, tap]
+            cache = Cache(tuple(ks), tuple(vs), cache.length_B + T)
+            taps = jax.tree.map(lambda *t: jnp.stack(t), *taps)
+        else:
+            x, taps = _through_layers(apply, x_BTD, layers, keys, a)
+        if a.final_norm:
+            x = Norm(a, name="final_norm")(x)
+        return x, cache, taps
+
+    def _init_layers(self, key):
+        """Returns the boxed parameters of all layers, stacked: each layer from its own key."""
+        a = self.arch
+        x = jnp.zeros((1, 1, a.embed_dim), a.dtype)
+        mask = kernels.Mask()
+        inputs = Inputs(dict.fromkeys(("global", "local"), mask), dict.fromkeys(("global", "local")), x, mask)
+        block = Block(a, None, parent=None)
+        boxed = jax.vmap(lambda k: block.init(k, x, inputs, "global")["params"])(jax.random.split(key, a.num_layers))
+        return jax.tree.map(lambda b: b.add_axis(0, {"name": "layers"}), boxed, is_leaf=is_boxed)
+
+
+def unstack(layers, num_layers: int) -> tuple:
+    """Returns the tuple of the layers' own trees from their stacked parameters (or that tuple itself)."""
+    if isinstance(layers, tuple):
+        return layers
+    # A split's transpose is one concatenation; indexing each layer would give as many full-size additions.
+    leaves, treedef = jax.tree.flatten(layers)
+    parts = [[p[0] for p in jax.lax.split(leaf, [1] * num_layers)] if isinstance(leaf, jax.Array)
+             else list(leaf) for leaf in leaves]
+    return tuple(treedef.unflatten(layer) for layer in zip(*parts))
+
+
+def _through_layers(apply, x, layers, keys, a: Architecture):
+    """Returns (x, taps [L, ...]) after all layers: scanned by periods of the layer pattern, or unrolled."""
+    kinds, period = a.layer_kinds, len(a.layer_pattern)
+    remat = lambda f: f if a.remat == "none" else jax.checkpoint(
+        f, policy=REMAT_POLICIES[a.remat], prevent_cse=not a.scan_layers, static_argnums=(3,))
+
+    def one(x, layer, key, kind):
+        x, _, taps = apply(x, layer, key, kind)
+        return x, taps
+
+    one = remat(one)
+    at = lambda tree_, i: None if tree_ is None else jax.tree.map(lambda p: p[i], tree_)
+    scanned = a.num_layers // period * period if a.scan_layers and not isinstance(layers, tuple) else 0
+    stacks = []
+    if scanned:
+        grouped = jax.tree.map(lambda p: p[:scanned].reshape(scanned // period, period, *p.shape[1:]), (layers, keys))
+
+        def body(x, group):
+            taps = []
+            for i in range(period):
+                x, tap = one(x, at(group[0], i), at(group[1], i), kinds[i])
+                taps.append(tap)
+            return x, jax.tree.map(lambda *t: jnp.stack(t), *taps)
+
+        x, taps = jax.lax.scan(body, x, grouped)
+        stacks.append(jax.tree.map(lambda t: t.reshape(scanned, *t.shape[2:]), taps))
+    if scanned < a.num_layers:
+        rest = unstack(layers, a.num_layers)
+        for i in range(scanned, a.num_layers):
+            x, tap = one(x, rest[i], at(keys, i), kinds[i])
+            stacks.append(jax.tree.map(lambda t: t[None], tap))
+    return x, jax.tree.map(lambda *t: jnp.concatenate(t), *stacks)

@@ -1,0 +1,75 @@
+"""The contract between an objective and everything that runs it. Layer 2.
+
+An objective is one class in one file here, named in the config by its import path
+(`config.objective = "fm_jax.objectives.causal_lm.CausalLM"`). `train`, `data`, `checkpoint`, `plan`
+and `benchmark` know what `Objective` below says and nothing more. A new modality or pretext task is
+one file here and one config. Nothing in this package imports another objective.
+"""
+
+import importlib
+import inspect
+from typing import Any, Callable, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from fm_jax.errors import UserError, choose
+from fm_jax.sharding import Layout
+
+
+class Loss(NamedTuple):
+    """Sums, never means, so that accumulation, padding, meshes and evaluation all aggregate exactly.
+
+    The trained loss is sum(loss_B) / sum(weight_B) over the whole batch. Weights must not depend on
+    the parameters. Each metric is a pair (sum, weight), written as their quotient.
+    """
+
+    loss_B: jax.Array
+    weight_B: jax.Array
+    metrics: dict[str, tuple[jax.Array, jax.Array]]
+
+
+class Objective(Protocol):
+    """What an objective supplies. Built as `cls(config, tokenizer, layout, **config.objective_args)`."""
+
+    predict: dict[str, Callable]   # named pure functions (params, inputs, ...) for evaluators, decoding, the server
+
+    def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns names, shapes and dtypes of a batch; the leading axis of each is `batch_size`."""
+
+    def examples(self, records: Any, seeds: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns n training examples, each array [n, ...], from n raw records of a data source.
+
+        Host side, NumPy only. `seeds` is uint64 [n]: all randomness of example i comes from seeds[i], so
+        that a batch does not depend on how many hosts make it. One call makes many examples because a
+        Python call for each would cost more than the work (LOG.md).
+        """
+
+    def init(self, key: jax.Array) -> Any:
+        """Returns the initial parameters, a nested dict of `sharding.Boxed` arrays. Traceable."""
+
+    def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> Loss:
+        """Returns the losses of a batch. Pure; `key` is of dropout and the like, None: deterministic (evaluation)."""
+
+
+def load(config, tokenizer=None, layout: Layout | None = None) -> Objective:
+    """Returns the objective that `config.objective` names.
+
+    Raises:
+      UserError: no such module or class, with the nearest name.
+    """
+    module_name, _, class_name = config.objective.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except (ModuleNotFoundError, ValueError) as e:
+        if getattr(e, "name", None) not in (None, module_name, module_name.rpartition(".")[0]):
+            raise   # the module exists and something it imports does not
+        raise UserError(f"config.objective={config.objective!r}: no module {module_name!r}; "
+                        "expected package.module.Class") from None
+    choose(class_name, [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module_name],
+           f"config.objective: class in {module_name}")
+    cls = getattr(module, class_name)
+    known = [p.name for p in inspect.signature(cls).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    for name in config.objective_args:
+        choose(name, known, "config.objective_args")
+    return cls(config, tokenizer, layout, **config.objective_args)

@@ -1,0 +1,170 @@
+"""Next-token prediction on packed documents, with fill-in-the-middle for code.
+
+Try:  python -m fm_jax.train --config configs/causal_lm.py:tiny --workdir runs/tiny
+"""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fm_jax.architecture import Architecture
+from fm_jax.errors import UserError
+from fm_jax.frontends import TokenEmbed
+from fm_jax.model import Cache, Transformer
+from fm_jax.objectives import Loss
+from fm_jax.sharding import Layout
+from fm_jax.tokenizer import check_vocab
+
+
+class Module(nn.Module):
+    """Token embedding, decoder stack, output head."""
+
+    arch: Architecture
+    layout: Layout | None = None
+
+    def setup(self):
+        self.embed = TokenEmbed(self.arch, self.layout)
+        self.transformer = Transformer(self.arch, self.layout)
+
+    def __call__(self, tokens_BT, positions_BT=None, segment_ids_BT=None, cache: Cache | None = None, key=None,
+                 capture=()):
+        """Returns (hidden states [B, T, D], cache, taps)."""
+        B, T = tokens_BT.shape
+        if positions_BT is None:
+            start = 0 if cache is None else cache.length_B[:, None]
+            positions_BT = jnp.broadcast_to(start + jnp.arange(T), (B, T))
+        embed_key, key = jax.random.split(key) if key is not None else (None, None)
+        x = self.embed(tokens_BT, positions_BT, embed_key)
+        return self.transformer(x, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, cache=cache, key=key,
+                                capture=capture)
+
+    def losses(self, hidden_BTD, targets_BT):
+        return self.embed.losses(hidden_BTD, targets_BT)
+
+    def logits(self, hidden_BTD):
+        return self.embed.logits(hidden_BTD)
+
+
+class CausalLM:
+    """The objective. `config.objective_args`:
+
+    z_loss: weight of the squared log-normaliser (arXiv:2204.02311, section 5); 0: off.
+    fim_rate: share of documents turned into fill-in-the-middle examples (arXiv:2207.14255); 0: off.
+    fim_spm_rate: of those, the share in suffix-prefix-middle order; the rest prefix-suffix-middle.
+    """
+
+    def __init__(self, config, tokenizer=None, layout: Layout | None = None, *, z_loss=0.0, fim_rate=0.0,
+                 fim_spm_rate=0.5):
+        self.arch = Architecture(**config.model.to_dict())
+        self.seq_len = config.seq_len
+        if self.seq_len > self.arch.max_seq_len:
+            raise UserError(f"config.seq_len={self.seq_len} exceeds model.max_seq_len={self.arch.max_seq_len}")
+        if not self.arch.causal:
+            raise UserError("model.causal=False: the causal language model would see its targets")
+        self.z_loss, self.fim_rate, self.fim_spm_rate = z_loss, fim_rate, fim_spm_rate
+        self.tokenizer = tokenizer
+        if fim_rate and tokenizer is not None and tokenizer.fim_ids is None:
+            raise UserError(f"objective_args.fim_rate={fim_rate}: this tokenizer has no fill-in-the-middle tokens; "
+                            "train one with fm_jax.prepare --tokenizer sentencepiece:SIZE, or set fim_rate=0")
+        # UTF-8 bytes of each token, for bits per byte. Without a tokenizer (plan, benchmark) there is no such metric.
+        self.token_bytes = None
+        if tokenizer is not None:
+            check_vocab(tokenizer, self.arch.vocab_size)
+            self.token_bytes = np.pad(tokenizer.token_bytes(), (0, self.arch.vocab_size - tokenizer.vocab_size))
+        self.module = Module(self.arch, layout)
+        self.predict = {"hidden": self.hidden, "logits": self.logits, "score": self.score, "decode": self.decode}
+
+    # --- the contract -------------------------------------------------------------------------------------------
+
+    def batch_spec(self, batch_size):
+        make = lambda dtype: jax.ShapeDtypeStruct((batch_size, self.seq_len), dtype)
+        return {"tokens": make(jnp.int32), "targets": make(jnp.int32), "positions": make(jnp.int32),
+                "segment_ids": make(jnp.int32), "weights": make(jnp.float32)}
+
+    def examples(self, records, seeds):
+        """Returns tokens, targets, positions, segment_ids (int32) and weights (float32), each [n, seq_len].
+
+        A record is a packed row: `tokens` and `segment_ids`, int32 [n, seq_len + 1]. Segments count the documents of
+        the row from 1; 0 is padding. A target counts where its input is of the same document; positions restart
+        with each document.
+        """
+        tokens, segments = records["tokens"], records["segment_ids"]
+        if self.fim_rate:
+            tokens = np.stack([self._fill_in_the_middle(t, s, np.random.default_rng(seed))
+                               for t, s, seed in zip(tokens, segments, seeds)])
+        inputs, index = segments[:, :-1], np.arange(self.seq_len, dtype=np.int32)
+        fresh = np.ones(inputs.shape, bool)
+        np.not_equal(inputs[:, 1:], inputs[:, :-1], out=fresh[:, 1:])
+        positions = index - np.maximum.accumulate(np.where(fresh, index, 0), axis=1)
+        weights = ((inputs == segments[:, 1:]) & (inputs > 0)).astype(np.float32)
+        return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions, "segment_ids": inputs,
+                "weights": weights}
+
+    def init(self, key):
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        unplaced = Module(self.arch)   # shardings of parameters come from their axes, not from this dummy batch
+        return unplaced.init(key, tokens, method=lambda m, t: m.logits(m(t)[0]))["params"]
+
+    def loss(self, params, batch, key=None):
+        hidden, _, _ = self.module.apply({"params": params}, batch["tokens"], batch["positions"],
+                                         batch["segment_ids"], key=key)
+        nll, lse, correct = self.module.apply({"params": params}, hidden, batch["targets"], method="losses")
+        weight = batch["weights"]
+        total = weight.sum()
+        losses = nll + self.z_loss * jnp.square(lse)
+        metrics = {"nll": ((nll * weight).sum(), total), "accuracy": ((correct * weight).sum(), total)}
+        if self.token_bytes is not None:
+            bytes_ = (jnp.asarray(self.token_bytes)[batch["targets"]] * weight).sum()
+            metrics["bits_per_byte"] = ((nll * weight).sum() / np.log(2), bytes_)
+        return Loss((losses * weight).sum(-1), weight.sum(-1), metrics)
+
+    # --- predict ----------------------------------------------------------------------------------------------------
+
+    def hidden(self, params, tokens_BT, capture=()):
+        """Returns (hidden states [B, T, D], taps); tokens after a row's end must be ignored by the caller."""
+        hidden, _, taps = self.module.apply({"params": params}, tokens_BT, capture=capture)
+        return hidden, taps
+
+    def logits(self, params, tokens_BT):
+        """Returns float32 logits [B, T, V]."""
+        return self.module.apply({"params": params}, self.hidden(params, tokens_BT)[0], method="logits")
+
+    def score(self, params, tokens_BT, targets_BT):
+        """Returns float32 (log-probability [B, T] of each target, 1 where it is the most likely token [B, T])."""
+        hidden, _ = self.hidden(params, tokens_BT)
+        nll, _, correct = self.module.apply({"params": params}, hidden, targets_BT, method="losses")
+        return -nll, correct
+
+    def decode(self, params, tokens_BT, cache, last_B=None):
+        """Returns (float32 logits [B, V] at place `last_B` of each row (default: its end), cache)."""
+        hidden, cache, _ = self.module.apply({"params": params}, tokens_BT, cache=cache)
+        last_B = jnp.full(tokens_BT.shape[0], tokens_BT.shape[1] - 1) if last_B is None else last_B
+        last = jnp.take_along_axis(hidden, last_B[:, None, None], axis=1)
+        return self.module.apply({"params": params}, last, method="logits")[:, 0], cache
+
+    # --- fill in the middle ---------------------------------------------------------------------------------------------
+
+    def _fill_in_the_middle(self, tokens, segments, rng):
+        """Returns the row with some documents reordered to predict a middle from both sides, lengths kept.
+
+        A document's last three tokens before its end make room for the three markers. Split points lie between
+        tokens. What opens a document in the row (its BOS, or the token that the row before ended with) and its
+        EOS stay in place.
+        """
+        tokens = tokens.copy()
+        prefix_id, suffix_id, middle_id = self.tokenizer.fim_ids
+        bounds = np.flatnonzero(np.diff(segments, prepend=-1, append=-1))
+        for start, stop in zip(bounds[:-1], bounds[1:]):
+            # Drawn for every document, so that one document's fate does not move another's.
+            chosen, spm, cuts = rng.random() < self.fim_rate, rng.random() < self.fim_spm_rate, rng.random(2)
+            stop -= tokens[stop - 1] == self.tokenizer.eos_id
+            body = tokens[start + 1 : stop]
+            if not chosen or segments[start] == 0 or len(body) < 6:
+                continue
+            a, b = sorted((cuts * (len(body) - 2)).astype(int))
+            prefix, middle, suffix = np.split(body[:-3], [a, b])
+            order = ([prefix_id, suffix_id], suffix, [middle_id], prefix, middle) if spm else (
+                [prefix_id], prefix, [suffix_id], suffix, [middle_id], middle)
+            tokens[start + 1 : stop] = np.concatenate(order)
+        return tokens

@@ -1,0 +1,172 @@
+"""The mesh, and where every array lives on it. Layer 0.
+
+Parameters and activations carry logical axis names; RULES sends each to a mesh axis. Flax is silent
+about a misspelt axis, or two logical axes on one mesh axis; here both raise before compiling, with
+the parameter's name and what to change.
+
+Try:  python -m fm_jax.plan --config configs/causal_lm.py:1b --config.mesh.fsdp=8
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from flax import struct
+from flax.core import meta
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from fm_jax import tree
+from fm_jax.errors import UserError, choose
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# logical axis -> mesh axes, (of a parameter, of an activation). Parameters are cut over `fsdp` along
+# their width and over `tensor` along heads, mlp and vocabulary; activations over the batch and the
+# same `tensor` axes, so that a block needs one all-reduce after attention and one after the mlp.
+RULES = {
+    "batch": ((), ("data", "fsdp")),
+    "length": ((), ()),
+    "embed": (("fsdp",), ()),
+    "kv_heads": (("tensor",), ("tensor",)),
+    "groups": ((), ()),
+    "head": ((), ()),
+    "mlp": (("tensor",), ("tensor",)),
+    "vocab": (("tensor",), ("tensor",)),
+    "position": ((), ()),       # rows of a position table
+    "norm": ((), ()),           # scales and biases of norms: small, replicated
+    "layers": ((), ()),         # never sharded: gradients went wrong silently on the CPU backend, jax 0.10 and 0.11
+}
+
+
+class Boxed(struct.PyTreeNode, meta.AxisMetadata):
+    """A parameter with its logical axes. Lives only between `init` and `unbox`: the state is plain arrays."""
+
+    value: Any
+    axes: tuple[str, ...] = struct.field(pytree_node=False)
+
+    def unbox(self):
+        return self.value
+
+    def replace_boxed(self, val):
+        return self.replace(value=val)
+
+    def add_axis(self, index, params):
+        return self.replace(axes=(*self.axes[:index], params["name"], *self.axes[index:]))
+
+    def remove_axis(self, index, params):
+        return self.replace(axes=(*self.axes[:index], *self.axes[index + 1:]))
+
+
+def is_boxed(x) -> bool:
+    return isinstance(x, Boxed)
+
+
+def unbox(boxed):
+    """Returns (tree of arrays, matching tree of logical-axis tuples) of an initialised tree."""
+    return (jax.tree.map(lambda b: b.value, boxed, is_leaf=is_boxed),
+            jax.tree.map(lambda b: b.axes, boxed, is_leaf=is_boxed))
+
+
+def is_axes(x) -> bool:
+    """True for a leaf of a tree of logical-axis tuples."""
+    return isinstance(x, tuple) and all(isinstance(a, str) for a in x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh and the rules that place arrays on it. Hashable, so that modules can carry it."""
+
+    mesh: Mesh
+
+    def spec(self, axes, shape=None, *, activation=False, what="array") -> PartitionSpec:
+        """Returns the PartitionSpec of an array with these logical axes (None: not sharded).
+
+        Raises:
+          UserError: an unknown logical axis; two logical axes on one mesh axis; a size that the
+            mesh axes do not divide.
+        """
+        used, entries = {}, []
+        for i, axis in enumerate(axes):
+            mesh_axes = () if axis is None else RULES[choose(axis, RULES, f"{what}: logical axis")][int(activation)]
+            mesh_axes = tuple(a for a in mesh_axes if self.mesh.shape[a] > 1)
+            for a in mesh_axes:
+                if a in used:
+                    raise UserError(f"{what}: logical axes {used[a]!r} and {axis!r} both land on mesh axis {a!r}; "
+                                    "change one of them in sharding.RULES")
+                used[a] = axis
+            parts = math.prod(self.mesh.shape[a] for a in mesh_axes)
+            if shape is not None and shape[i] % parts:
+                sizes = " x ".join(f"mesh.{a}={self.mesh.shape[a]}" for a in mesh_axes)
+                raise UserError(f"{what}: axis {axis!r} of size {shape[i]} is not divisible by {sizes}; "
+                                f"change the mesh or make the size a multiple of {parts}")
+            entries.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
+        return PartitionSpec(*entries)
+
+    def sharding(self, axes, shape=None, *, activation=False, what="array") -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec(axes, shape, activation=activation, what=what))
+
+    def parameters(self, params, axes):
+        """Returns the tree of NamedShardings of parameters (arrays or shape structs) with logical `axes`."""
+        return tree.map_named(lambda n, a, p: self.sharding(a, p.shape, what=n), axes, params, is_leaf=is_axes)
+
+    def batch(self, ndim: int) -> NamedSharding:
+        """Returns the sharding of a batch array [batch, ...]."""
+        return self.sharding(("batch",) + (None,) * (ndim - 1), activation=True)
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def batch_parts(self) -> int:
+        """Into how many parts the batch axis of activations is cut."""
+        return math.prod(self.mesh.shape[a] for a in RULES["batch"][1])
+
+    def constrain(self, x, *axes):
+        """Returns the activation `x`, placed by its logical axes."""
+        return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, activation=True, what="activation"))
+
+
+def make_mesh(sizes, devices=None) -> Mesh:
+    """Returns the mesh with the given devices per axis; -1 takes all that remain.
+
+    One process may use fewer devices than it has; several processes must use all of theirs.
+
+    Raises:
+      UserError: unknown axis, more than one -1, or a product that the devices do not give.
+    """
+    devices = list(devices if devices is not None else jax.devices())
+    sizes = dict(sizes)
+    for axis in sizes:
+        choose(axis, MESH_AXES, "mesh axis")
+    shape = [sizes.get(axis, 1) for axis in MESH_AXES]
+    text = " x ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, shape))
+    if any(n == 0 or n < -1 for n in shape) or shape.count(-1) > 1:
+        raise UserError(f"mesh {text}: sizes must be positive, with at most one -1 for all that remain")
+    fixed = math.prod(n for n in shape if n != -1)
+    if -1 in shape:
+        if len(devices) % fixed:
+            raise UserError(f"mesh {text}: {len(devices)} devices are not divisible by {fixed}; change --config.mesh")
+        shape[shape.index(-1)] = len(devices) // fixed
+    total = math.prod(shape)
+    if total > len(devices) or (total < len(devices) and jax.process_count() > 1):
+        raise UserError(f"mesh {text} needs {total} devices, this machine has {len(devices)} "
+                        f"({devices[0].platform}); change --config.mesh")
+    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES),
+                         devices=devices[:total])
+
+
+def table(params, shardings) -> str:
+    """Returns a printable table: name, shape, dtype, spec, bytes per device of every parameter, and totals."""
+    rows, total = [("parameter", "shape", "dtype", "sharding", "bytes/device")], 0
+    for (n, p), s in zip(tree.flatten(params).items(), jax.tree.leaves(shardings)):
+        size = int(np.prod(s.shard_shape(p.shape))) * np.dtype(p.dtype).itemsize
+        total += size
+        spec = ", ".join("-" if e is None else "+".join(e) if isinstance(e, tuple) else e for e in s.spec)
+        rows.append((n, "x".join(map(str, p.shape)), str(p.dtype), f"({spec})", f"{size:,}"))
+    rows.append(("total", "", "", "", f"{total:,}"))
+    widths = [max(len(r[i]) for r in rows) for i in range(5)]
+    return "\n".join("  ".join(c.rjust(w) if i == 4 else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths)))
+                     for r in rows)

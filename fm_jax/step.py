@@ -1,0 +1,161 @@
+"""One step of training: the state, what a step does to it, and where every array of it lives. Layer 3.
+
+    program = Program(config, objective, layout)
+    state = program.init()
+    state, metrics = program.train_step(state, program.place(batch), step)
+
+`train`, `plan` and `benchmark` all run this same compiled function.
+"""
+
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fm_jax import optim, sharding
+from fm_jax.errors import UserError
+from fm_jax.objectives import Objective
+from fm_jax.sharding import Layout
+
+
+@struct.dataclass
+class State:
+    """All that a run is at a step, arrays only. `ema` is None where `config.optimizer.ema_decay` is 0."""
+
+    step: jax.Array     # int32, steps done
+    params: Any
+    opt_state: Any
+    ema: Any
+
+
+class Program:
+    """The functions of a run, for one config on one mesh. Building it touches no device memory.
+
+    Attributes:
+      abstract: State of shape structs with shardings: the restore target, and what `plan` reports.
+      axes: logical axes of the parameters. schedule: step -> learning rate.
+      train_step(state, batch, step) -> (state, metrics), jitted; donates the state.
+      eval_step(params, batch) -> metrics, jitted.
+    Metrics are {name: (sum, weight)}, float32 scalars, to be added over batches before they are divided.
+    """
+
+    def __init__(self, config, objective: Objective, layout: Layout):
+        """`config`: resolved. Raises UserError where the batch or a parameter does not fit the mesh."""
+        self.config, self.objective, self.layout = config, objective, layout
+        micro, parts = config.batch_size // config.accumulation_steps, layout.batch_parts
+        if micro % parts:
+            raise UserError(
+                f"config.batch_size={config.batch_size} in {config.accumulation_steps} microbatches of {micro} is not "
+                f"divisible by the mesh's data x fsdp = {parts}; take a multiple of {parts * config.accumulation_steps}")
+        boxed = jax.eval_shape(objective.init, jax.random.key(0))
+        params, self.axes = sharding.unbox(boxed)
+        self.tx, self.schedule = optim.make(
+            config.optimizer, total_steps=config.steps, warmup_steps=config.optimizer.warmup_steps,
+            decay_steps=config.optimizer.decay_steps, params=params, axes=self.axes)
+        if config.health.skip_grad_norm_factor:
+            self.tx = optim.skip_outliers(self.tx, config.health.skip_grad_norm_factor,
+                                          config.health.skip_grad_norm_warmup_steps)
+        placed = layout.parameters(params, self.axes)
+        self.shardings = State(
+            layout.replicated, placed, optim.state_shardings(self.tx, params, placed, layout.replicated),
+            placed if config.optimizer.ema_decay else None)
+        self.abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+                                     jax.eval_shape(self._init), self.shardings)
+        self.batch_spec = {
+            name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout.batch(a.ndim))
+            for name, a in objective.batch_spec(config.batch_size).items()}
+        batch = {name: a.sharding for name, a in self.batch_spec.items()}
+        here = layout.replicated
+        self.train_step = jax.jit(self._train_step, donate_argnums=0, in_shardings=(self.shardings, batch, here),
+                                  out_shardings=(self.shardings, here))
+        self.eval_step = jax.jit(lambda params, batch: self._sums(objective.loss(params, batch, None)),
+                                 in_shardings=(placed, batch), out_shardings=here)
+
+    def init(self) -> State:
+        """Returns the state at step 0, each array made in its shards, never whole on one device."""
+        # XLA:CPU spends 7 s on the random bits of a small model, and 1 s at this level for the same values.
+        cpu = self.layout.mesh.devices.flat[0].platform == "cpu"
+        options = {"xla_backend_optimization_level": 1} if cpu else None
+        return jax.jit(self._init, out_shardings=self.shardings, compiler_options=options)()
+
+    def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Returns the global batch on the devices, from this host's part of it.
+
+        Raises:
+          UserError: names, shapes or dtypes other than the objective's `batch_spec`.
+        """
+        hosts = jax.process_count()
+        found = {n: (a.shape[0] * hosts, *a.shape[1:], str(a.dtype)) for n, a in batch.items()}
+        wanted = {n: (*s.shape, str(s.dtype)) for n, s in self.batch_spec.items()}
+        if found != wanted:
+            raise UserError(f"the batch is {found}, the objective's batch_spec says {wanted}")
+        return {n: jax.make_array_from_process_local_data(self.batch_spec[n].sharding, a) for n, a in batch.items()}
+
+    def eval_params(self, state: State):
+        """Returns the parameters to evaluate: their average, where the run keeps one."""
+        return state.params if state.ema is None else state.ema
+
+    # --- what is compiled -------------------------------------------------------------------------------------------
+
+    def _init(self):
+        params, _ = sharding.unbox(self.objective.init(jax.random.fold_in(jax.random.key(self.config.seed), 0)))
+        ema = optim.ema_init(params) if self.config.optimizer.ema_decay else None
+        return State(jnp.zeros((), jnp.int32), params, self.tx.init(params), ema)
+
+    def _train_step(self, state: State, batch, step):
+        """Returns (state, metrics) after the update of step `step` (int32 scalar, the number of steps before it).
+
+        A step whose loss or gradient is not finite changes nothing, its number included; and neither does any
+        step after it, as the state is then behind the `step` asked for. So the host, which looks one step
+        late, finds the state as it was before the first bad batch.
+        """
+        config, params = self.config, state.params
+        # 1: the parameters were drawn from 0.
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
+        grads, sums = self._accumulated(params, batch, key)
+        total, weight = sums["loss"]
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        grad_norm = optim.global_norm(grads)
+        finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
+
+        updates, opt_state = self.tx.update(grads, state.opt_state, params)
+        new_params = optax.apply_updates(params, updates)
+        ema = None if state.ema is None else optim.ema_update(
+            state.ema, new_params, config.optimizer.ema_decay, state.step)
+        new = State(state.step + 1, new_params, opt_state, ema)
+        apply = finite & (state.step == step)
+        state = jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, state)
+        one = jnp.float32(1)
+        metrics = sums | {"grad_norm": (grad_norm, one), "learning_rate": (self.schedule(step), one),
+                          "finite": (finite.astype(jnp.float32), one)}
+        if config.health.skip_grad_norm_factor:
+            metrics["skipped_steps"] = (state.opt_state.skipped.astype(jnp.float32), one)
+        return state, metrics
+
+    def _accumulated(self, params, batch, key):
+        """Returns (gradients of the summed loss, metric sums) of the batch, microbatch by microbatch."""
+        def loss(params, batch, key):
+            out = self.objective.loss(params, batch, key)
+            return out.loss_B.sum(), self._sums(out)
+
+        grad, n = jax.grad(loss, has_aux=True), self.config.accumulation_steps
+        if n == 1:
+            return grad(params, batch, key)
+        # Microbatch i takes every n-th example: each device keeps its own rows.
+        split = jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch)
+
+        def body(sums, micro):
+            return jax.tree.map(jnp.add, sums, grad(params, *micro)), None
+
+        first = jax.tree.map(lambda x: x[0], split)
+        keys = jax.random.split(key, n)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(grad, params, first, keys[0]))
+        return jax.lax.scan(body, zeros, (split, keys))[0]
+
+    def _sums(self, loss):
+        weight = loss.weight_B.sum()
+        # A batch without a scored token has weight 0, loss 0: no step, no division by zero.
+        return {"loss": (loss.loss_B.sum(), jnp.where(weight > 0, weight, 1.0)), **loss.metrics}
