@@ -65,19 +65,19 @@ def open_run(folder, config: ml_collections.ConfigDict, *, tokenizer=None, data:
         batch size, seed, optimizer, tokenizer or data. Nothing is written then.
     """
     folder = _local(folder)
-    started = bool(steps(folder))
-    run = json.loads((folder / "run.json").read_text()) if started and (folder / "run.json").exists() else {}
     new = {"tokenizer": tokenizer and tokenizer.fingerprint, "data": data}
-    if started:
-        old, _ = config_lib.load(folder / "config.json")
-        lines = _config_difference(old, config)
-        lines += [f"{k}: {run[k]!r} -> {v!r}" for k, v in new.items() if v is not None and run.get(k, v) != v]
-        if lines:
-            raise UserError(f"{folder} holds a run with other settings ({_first(lines)}): take another --workdir, with "
-                            f"--config.checkpoint.continue_from={folder} if it shall go on from that run's state")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "checkpoints").mkdir(exist_ok=True)
+        run = json.loads((folder / "run.json").read_text()) if steps(folder) else {}
+        if run:
+            old, _ = config_lib.load(folder / "config.json")
+            lines = _config_difference(old, config)
+            lines += [f"{k}: {run[k]!r} -> {v!r}" for k, v in new.items()
+                      if v is not None and k in run and _values(run[k]) != _values(v)]
+            if lines:
+                raise UserError(f"{folder} holds a run with other settings ({_first(lines)}): take another --workdir, "
+                                f"with --config.checkpoint.continue_from={folder} to go on from that run's state")
+        _sync("run folder checked")   # no process writes before all have looked
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             config_lib.save(config, folder / "config.json.new")
             os.replace(folder / "config.json.new", folder / "config.json")
@@ -87,7 +87,8 @@ def open_run(folder, config: ml_collections.ConfigDict, *, tokenizer=None, data:
             run["starts"] = [*run.get("starts", []), _versions()]
             _write_json(folder / "run.json", run)
     except OSError as e:
-        raise UserError(f"--workdir={folder}: cannot be written ({e.strerror or e}); name a folder that can") from None
+        raise UserError(f"--workdir={folder}: cannot be used ({e.strerror or e}: {e.filename}); name a folder that can "
+                        "be written") from None
 
 
 def _local(folder):
@@ -96,11 +97,15 @@ def _local(folder):
     return pathlib.Path(folder)
 
 
+def _values(fingerprints):
+    """Returns the fingerprints without their folders' names: data may move."""
+    return list(fingerprints.values()) if isinstance(fingerprints, dict) else fingerprints
+
+
 def _config_difference(old, new):
-    flat = lambda c: {k: v for k, v in tree_of(c).items()
-                      if k not in FREE and any(k == f or k.startswith(f + ".") for f in FIXED)}
-    tree_of = lambda c: _flatten(c.to_dict())
-    old, new = flat(old), flat(new)
+    fixed = lambda c: {k: v for k, v in _flatten(c.to_dict()).items()
+                       if k not in FREE and any(k == f or k.startswith(f + ".") for f in FIXED)}
+    old, new = fixed(old), fixed(new)
     show = lambda c, k: repr(c[k]) if k in c else "unset"
     return [f"{k}: {show(old, k)} -> {show(new, k)}" for k in sorted({*old, *new}) if show(old, k) != show(new, k)]
 
@@ -328,7 +333,8 @@ def _read_item(path, abstract):
             how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
             return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=how))
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or device), abstract)
+        placed = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or device)
+        abstract = jax.tree.map(placed, abstract)
         how = ocp.checkpoint_utils.construct_restore_args(abstract)
         return reader.restore(path, args=ocp.args.PyTreeRestore(abstract, how, partial_restore=True))
 
@@ -370,6 +376,7 @@ class Checkpoints:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._delete([d for d in self._folder.iterdir() if ".orbax-checkpoint-tmp" in d.name
                           or d.name.endswith(".deleted")])
+        _sync("checkpoint folder made")
 
     def save(self, step: int, state, metrics: dict[str, float] | None = None) -> None:
         """Returns once `state` may be donated; the checkpoint of `step` is complete after `wait`.
@@ -438,13 +445,17 @@ class Checkpoints:
 
     def _check_space(self, step, state):
         shards = [s for x in jax.tree.leaves(state) for s in x.addressable_shards if s.replica_id == 0]
-        need = 1.01 * sum(s.data.nbytes for s in shards) + 1e6   # and what describes them
-        if shutil.disk_usage(self._folder).free < need and self._deleting:
+        need_gb = 1.01e-9 * sum(s.data.nbytes for s in shards) + 1e-3   # and what describes them
+        free_gb = lambda: shutil.disk_usage(self._folder).free / 1e9
+        if self._deleting and free_gb() < need_gb:
             self._deleting.result()
-        free = shutil.disk_usage(self._folder).free
-        if free < need:
-            raise UserError(f"saving step {step} needs {need / 1e9:.3g} GB, but the disk of {self._folder} has "
-                            f"{free / 1e9:.3g} GB free; earlier checkpoints are intact: {self._intact()}")
+        free_gb = free_gb()
+        if jax.process_count() > 1:   # one verdict for all, or the others would wait for ever
+            all_gb = multihost_utils.process_allgather(np.float32([need_gb, free_gb]))
+            need_gb, free_gb = all_gb[:, 0].sum(), all_gb[:, 1].min()
+        if free_gb < need_gb:
+            raise UserError(f"saving step {step} needs {need_gb:.3g} GB, but the disk of {self._folder} has "
+                            f"{free_gb:.3g} GB free; earlier checkpoints are intact: {self._intact()}")
 
     def _intact(self):
         return ", ".join(map(str, steps(self._run))) or "none"
@@ -461,7 +472,7 @@ class Checkpoints:
         if full:
             return UserError(f"saving step {step} to {self._folder} failed: {os.strerror(full[0])}; earlier "
                              f"checkpoints are intact: {self._intact()}")
-        return RuntimeError(f"saving step {step} to {self._folder} failed: {error}")
+        return RuntimeError(f"saving step {step} to {self._folder} failed: {type(error).__name__}: {error}")
 
     def _delete(self, folders):
         """Hides folders at once, by one rename each, and deletes them in a thread."""

@@ -111,7 +111,7 @@ def read(path) -> list[dict]:
 
 
 class Writer:
-    """Writes a run's metrics to `metrics.jsonl` and `tensorboard/` of its folder; process 0 only, the others do nothing.
+    """Writes a run's metrics to `metrics.jsonl` and `tensorboard/` of its folder. Only process 0 writes.
 
     The file is one history: opened at step s, lines of later steps (of a run that was killed after its last
     checkpoint) are dropped, so that each step is there once.
@@ -134,8 +134,10 @@ class Writer:
         if tensorboard:
             import tensorboardX   # protobuf: 0.2 s that evaluation and tests need not pay
 
-            # purge_step hides the points from that step on which an earlier start has written.
-            self._board = tensorboardX.SummaryWriter(str(pathlib.Path(folder) / "tensorboard"), purge_step=step + 1)
+            # purge_step hides what an earlier start has written from that step on. The suffix: files are named by
+            # the second, and a second start within it would overwrite the first's.
+            self._board = tensorboardX.SummaryWriter(str(pathlib.Path(folder) / "tensorboard"), purge_step=step + 1,
+                                                     filename_suffix=f".from{step + 1}")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Returns nothing; appends one line. Numbers that are not finite become null: JSON has none."""
@@ -211,8 +213,8 @@ class Progress:
 
 
 def quantity(x: float) -> str:
-    """Returns 1234567 as "1.23M": three digits and a unit."""
-    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    """Returns 1234567 as "1.23M": three digits and a unit, k M G T P E Z Y."""
+    for factor, unit in ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if x >= 0.9995 * factor:
             return f"{x / factor:.3g}{unit}"
     return f"{x:.3g}"
@@ -365,7 +367,7 @@ def profile(folder, first: int, count: int):
 # --- The plot
 
 
-def plot(metrics_jsonl, png, *, metric: str = "loss", baselines: dict[str, float] | None = None, title: str = "") -> None:
+def plot(metrics_jsonl, png, *, metric: str = "loss", baselines: dict[str, float] | None = None, title="") -> None:
     """Returns nothing; draws `train/METRIC` and `validation/METRIC` over the steps into a PNG.
 
     `baselines`: {name: value}, horizontal lines.
@@ -376,9 +378,10 @@ def plot(metrics_jsonl, png, *, metric: str = "loss", baselines: dict[str, float
     from matplotlib import figure   # figure, not pyplot: no global state, no display
 
     rows = read(metrics_jsonl)
-    curves = {part: np.array([(r["step"], r[f"{part}/{metric}"]) for r in rows if r.get(f"{part}/{metric}") is not None])
-              for part in ("train", "validation")}
-    curves = {part: xy for part, xy in curves.items() if len(xy)}
+    curves = {}
+    for part in ("train", "validation"):
+        points = [(r["step"], r[f"{part}/{metric}"]) for r in rows if r.get(f"{part}/{metric}") is not None]
+        curves |= {part: np.array(points)} if points else {}
     if not curves:
         raise UserError(f"{metrics_jsonl}: has no train/{metric} or validation/{metric}")
     fig = figure.Figure(figsize=(8, 5), dpi=120, layout="constrained")

@@ -14,8 +14,7 @@ from typing import Any
 from flax import struct
 from flax.core import meta
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fm_jax import tree
 from fm_jax.errors import UserError, choose
@@ -78,7 +77,7 @@ def is_axes(x) -> bool:
 class Layout:
     """A mesh and the rules that place arrays on it. Hashable, so that modules can carry it."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
 
     def spec(self, axes, shape=None, *, activation=False, what="array") -> PartitionSpec:
         """Returns the PartitionSpec of an array with these logical axes (None: not sharded).
@@ -138,35 +137,54 @@ def make_mesh(sizes, devices=None) -> Mesh:
       UserError: unknown axis, more than one -1, or a product that the devices do not give.
     """
     devices = list(devices if devices is not None else jax.devices())
-    sizes = dict(sizes)
+    shape = _shape(sizes, len(devices), f"this machine ({devices[0].platform})")
+    if math.prod(shape) < len(devices) and jax.process_count() > 1:
+        raise UserError(f"mesh {_text(shape)} leaves some of the {len(devices)} devices unused, which several processes "
+                        "cannot; change --config.mesh")
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES),
+                         devices=devices[: math.prod(shape)])
+
+
+def _shape(sizes, devices: int | None, where: str) -> tuple[int, ...]:
+    """Returns the devices of each mesh axis, -1 resolved. devices: how many there are; None: as many as named."""
     for axis in sizes:
         choose(axis, MESH_AXES, "mesh axis")
     shape = [sizes.get(axis, 1) for axis in MESH_AXES]
-    text = " x ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, shape))
     if any(n == 0 or n < -1 for n in shape) or shape.count(-1) > 1:
-        raise UserError(f"mesh {text}: sizes must be positive, with at most one -1 for all that remain")
+        raise UserError(f"mesh {_text(shape)}: sizes must be positive, with at most one -1 for all that remain")
     fixed = math.prod(n for n in shape if n != -1)
-    if -1 in shape:
-        if len(devices) % fixed:
-            raise UserError(f"mesh {text}: {len(devices)} devices are not divisible by {fixed}; change --config.mesh")
-        shape[shape.index(-1)] = len(devices) // fixed
-    total = math.prod(shape)
-    if total > len(devices) or (total < len(devices) and jax.process_count() > 1):
-        raise UserError(f"mesh {text} needs {total} devices, this machine has {len(devices)} "
-                        f"({devices[0].platform}); change --config.mesh")
-    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES),
-                         devices=devices[:total])
+    if devices is None:
+        devices = fixed
+    if fixed > devices or (-1 in shape and devices % fixed):
+        raise UserError(f"mesh {_text(shape)} needs {'a multiple of ' if -1 in shape else ''}{fixed} devices, {where} "
+                        f"has {devices}; change --config.mesh")
+    return tuple(devices // fixed if n == -1 else n for n in shape)
 
 
-def table(params, shardings) -> str:
-    """Returns a printable table: name, shape, dtype, spec, bytes per device of every parameter, and totals."""
-    rows, total = [("parameter", "shape", "dtype", "sharding", "bytes/device")], 0
-    for (n, p), s in zip(tree.flatten(params).items(), jax.tree.leaves(shardings)):
-        size = int(np.prod(s.shard_shape(p.shape))) * np.dtype(p.dtype).itemsize
-        total += size
-        spec = ", ".join("-" if e is None else "+".join(e) if isinstance(e, tuple) else e for e in s.spec)
-        rows.append((n, "x".join(map(str, p.shape)), str(p.dtype), f"({spec})", f"{size:,}"))
-    rows.append(("total", "", "", "", f"{total:,}"))
+def _text(shape):
+    return " x ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, shape))
+
+
+def abstract_mesh(sizes, devices: int | None = None) -> AbstractMesh:
+    """Returns the mesh that `make_mesh` would, without devices: for planning on another machine.
+
+    devices: what a -1 counts from; default as many as the other axes name.
+    """
+    return AbstractMesh(_shape(sizes, devices, "the plan"), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def bytes_per_device(abstract) -> int:
+    """Returns the bytes that each device holds of a tree of shape structs with shardings."""
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(abstract))
+
+
+def table(abstract) -> str:
+    """Returns a printable table of shape structs with shardings: name, shape, dtype, spec, bytes per device; total."""
+    rows = [("parameter", "shape", "dtype", "sharding", "bytes/device")]
+    for n, a in tree.flatten(abstract).items():
+        spec = ", ".join("-" if e is None else "+".join(e) if isinstance(e, tuple) else e for e in a.sharding.spec)
+        rows.append((n, "x".join(map(str, a.shape)), str(a.dtype), f"({spec})", f"{bytes_per_device(a):,}"))
+    rows.append(("total", "", "", "", f"{bytes_per_device(abstract):,}"))
     widths = [max(len(r[i]) for r in rows) for i in range(5)]
     return "\n".join("  ".join(c.rjust(w) if i == 4 else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths)))
                      for r in rows)

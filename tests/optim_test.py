@@ -280,3 +280,29 @@ def test_ema_equals_numpy():
 
 def test_optimizer_names_are_those_of_the_config():
     assert config_lib.CHOICES["optimizer.name"] == tuple(NAMES)
+
+
+def test_outlier_steps_change_nothing_and_are_counted():
+    norms = [2.0, 9.0, 4.0, 100.0, 5.0, 11.0, 10.0, 0.0]   # 9 comes within the warm-up of two steps
+    params = {"w": jnp.ones(4)}
+    tx = optim.skip_outliers(optax.sgd(1.0, momentum=0.5), 2.0, 2)
+    state, plain = tx.init(params), optax.sgd(1.0, momentum=0.5)
+    plain_state, taken = plain.init(params), []
+    for norm in norms:
+        take = len(taken) < 2 or norm <= 2.0 * np.mean(taken)   # far from 0.98, the average is a plain mean
+        g = {"w": jnp.full(4, norm / 2)}
+        updates, state = tx.update(g, state, params)
+        want = {"w": jnp.zeros(4)}
+        if take:
+            want, plain_state = plain.update(g, plain_state, params)
+            taken.append(norm)
+        np.testing.assert_allclose(updates["w"], want["w"], rtol=1e-6)   # float32 rounding
+        np.testing.assert_allclose(state.mean_norm, np.mean(taken), rtol=1e-6)
+    assert (int(state.taken), int(state.skipped)) == (len(taken), len(norms) - len(taken)) and len(taken) < len(norms)
+
+
+def test_moments_keep_their_shardings_inside_skip_outliers():
+    params = random_tree(0)
+    tx = optim.skip_outliers(make(settings(), params)[0], 2.0, 2)
+    placed = jax.tree.leaves(optim.state_shardings(tx, params, tree.names(params), "replicated"))
+    assert placed.count("layers.attention.wq") == 2 and placed.count("replicated") >= 4

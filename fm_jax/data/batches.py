@@ -19,28 +19,27 @@ from fm_jax.errors import UserError, choose
 
 
 class Batches:
-    """Batch t of one host: `batches[t]`, or from a step on with `iterate`."""
+    """One host's part of every batch: any of them by `batch`, or from a step on by `iterate`.
+
+    Attributes:
+      num_batches: int, or None where they are endless.
+    """
 
     def __init__(self, examples, objective, *, batch_size: int, num_batches: int | None, seed: int,
                  process_index: int = 0, process_count: int = 1, prefetch_batches: int = 2):
-        """`examples`: a Mixture or InOrder; `num_batches`: None is endless."""
+        """`examples`: a Mixture or InOrder, or what else maps example numbers [n] to records."""
         if batch_size % process_count:
             raise UserError(f"--config.batch_size={batch_size} must be a multiple of the {process_count} hosts")
-        self._examples, self._objective, self._num_batches = examples, objective, num_batches
+        self._examples, self._objective, self.num_batches = examples, objective, num_batches
         self._batch_size, self._seed, self._prefetch = batch_size, seed, prefetch_batches
         share = batch_size // process_count
         self._slice = np.arange(process_index * share, (process_index + 1) * share)
-
-    def __len__(self):
-        if self._num_batches is None:
-            raise TypeError("training batches are endless")
-        return self._num_batches
 
     def ids(self, step: int) -> np.ndarray:
         """Returns the global example numbers of this host's part of batch `step`, int64 [n]."""
         return step * self._batch_size + self._slice
 
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+    def batch(self, step: int) -> dict[str, np.ndarray]:
         """Returns this host's part of batch `step`: {name: array [batch_size / process_count, ...]}."""
         ids = self.ids(step)
         return self._objective.examples(self._examples[ids], hash_ints(self._seed, ids))
@@ -48,12 +47,12 @@ class Batches:
     def iterate(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """Returns an iterator over the batches from `start_step` on, made ahead by threads."""
         import grain
-        stop = 2 ** 62 if self._num_batches is None else self._num_batches
+        stop = 2 ** 62 if self.num_batches is None else self.num_batches
         if start_step >= stop:
             return iter(())
         threads = min(self._prefetch, 4)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._prefetch)
-        return iter(grain.MapDataset.range(start_step, stop).map(self.__getitem__).to_iter_dataset(options))
+        return iter(grain.MapDataset.range(start_step, stop).map(self.batch).to_iter_dataset(options))
 
 
 def batches(config, objective, *, split: str = "train", start_step: int = 0, process_index: int = 0,

@@ -99,8 +99,11 @@ def permute(index, size: int, key) -> np.ndarray:
     a = math.isqrt(max(size - 1, 0)) + 1
     b = np.uint64(-(-size // a))
     a = np.uint64(a)
+    # With 4 rounds, the images of single elements are uniform to the limit of 300,000 trials for every size
+    # tried but 5, where 2% are misplaced; with 8, for all. The test repeats this.
+    rounds = 4 if size >= 32 else 8
     while left.size:
-        out[left] = _feistel(out[left], a, b, key[left])
+        out[left] = _feistel(out[left], a, b, key[left], rounds)
         left = left[out[left] >= size]
     return out.astype(np.int64)
 
@@ -114,12 +117,11 @@ def hash_ints(*values) -> np.ndarray:
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_ROUNDS = 4
 
 
-def _feistel(x, a, b, key):
+def _feistel(x, a, b, key, rounds):
     left, right = np.divmod(x, b)
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         key = key + _GOLDEN
         left = (left + _mix(right ^ key) % a) % a
         key = key + _GOLDEN

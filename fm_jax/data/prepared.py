@@ -34,6 +34,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -162,12 +163,22 @@ def verify(folder) -> None:
                             f"folder again")
 
 
-def held_out_texts(folder) -> Iterator[str]:
-    """Yields the held-out documents in the order of the validation split."""
-    read_manifest(folder)
-    with gzip.open(Path(folder, "validation", "text.jsonl.gz"), "rt", encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)["text"]
+def texts(folder, split: str) -> Iterator[str]:
+    """Yields the documents of a split in its order: the held-out ones as they were, the others from their tokens."""
+    manifest, folder = read_manifest(folder), Path(folder)
+    if choose(split, SPLITS, "split") == "validation":
+        with gzip.open(folder / "validation" / "text.jsonl.gz", "rt", encoding="utf-8") as file:
+            for line in file:
+                yield json.loads(line)["text"]
+        return
+    tokenizer = tokenizers.load(folder / "tokenizer")
+    starts, first = np.memmap(folder / split / "starts.int64", "<i8", "r"), 0
+    for shard in manifest["splits"][split]["shards"]:
+        tokens = np.memmap(folder / shard["file"], manifest["token_dtype"], "r")
+        bounds = starts[first : first + shard["documents"] + 1] - starts[first]
+        for begin, end in zip(bounds[:-1], bounds[1:]):
+            yield tokenizer.decode(tokens[begin:end])   # its ends are special tokens and have no text
+        first += shard["documents"]
 
 
 class Rows:
@@ -375,7 +386,9 @@ def _tokenized(documents, folder, tokenizer, workers):
         return
     # Spawn, not fork: the tokenizers' libraries hold threads.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+    # An interrupt reaches every process of a terminal; this one answers for all.
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    with concurrent.futures.ProcessPoolExecutor(workers, context, signal.signal, ignore) as pool:
         pending = collections.deque()
         for texts in chunks:
             pending.append((texts, pool.submit(_tokenize_in_worker, str(folder), texts)))

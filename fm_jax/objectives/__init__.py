@@ -33,6 +33,8 @@ class Objective(Protocol):
     """What an objective supplies. Built as `cls(config, tokenizer, layout, **config.objective_args)`."""
 
     predict: dict[str, Callable]   # named pure functions (params, inputs, ...) for evaluators, decoding, the server
+    tokens_per_example: int        # for tokens/s
+    flops_per_example: float       # of training, forward and backward, without recomputation: for MFU
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns names, shapes and dtypes of a batch; the leading axis of each is `batch_size`."""
@@ -44,6 +46,9 @@ class Objective(Protocol):
         that a batch does not depend on how many hosts make it. One call makes many examples because a
         Python call for each would cost more than the work (LOG.md).
         """
+
+    def random_batch(self, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Returns `examples` of n random records, for benchmarks without data."""
 
     def init(self, key: jax.Array) -> Any:
         """Returns the initial parameters, a nested dict of `sharding.Boxed` arrays. Traceable."""

@@ -72,6 +72,8 @@ class CausalLM:
         if tokenizer is not None:
             check_vocab(tokenizer, self.arch.vocab_size)
             self.token_bytes = np.pad(tokenizer.token_bytes(), (0, self.arch.vocab_size - tokenizer.vocab_size))
+        self.tokens_per_example = self.seq_len
+        self.flops_per_example = self.seq_len * self.arch.flops_per_token(self.seq_len)
         self.module = Module(self.arch, layout)
         self.predict = {"hidden": self.hidden, "logits": self.logits, "score": self.score, "decode": self.decode}
 
@@ -100,6 +102,10 @@ class CausalLM:
         weights = ((inputs == segments[:, 1:]) & (inputs > 0)).astype(np.float32)
         return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions, "segment_ids": inputs,
                 "weights": weights}
+
+    def random_batch(self, n, rng):
+        tokens = rng.integers(0, self.arch.vocab_size, (n, self.seq_len + 1), dtype=np.int32)
+        return self.examples({"tokens": tokens, "segment_ids": np.ones_like(tokens)}, np.arange(n, dtype=np.uint64))
 
     def init(self, key):
         tokens = jnp.zeros((1, 1), jnp.int32)

@@ -1,0 +1,93 @@
+"""Measures training: tokens/s, step time, MFU and peak memory, after warm-up, waiting for the device.
+
+    python -m fm_jax.benchmark --config configs/causal_lm.py:small
+    python -m fm_jax.benchmark --config configs/causal_lm.py:bench_gpt2 --steps 20 --json
+
+Runs the train step of the config on random tokens, so that no data is needed. Layer 5.
+"""
+
+import json
+import resource
+import time
+
+from absl import flags
+
+from fm_jax import config as config_lib
+
+
+def benchmark(config, *, steps: int = 10, warmup_steps: int = 3, seed: int = 0) -> dict:
+    """Returns the measured figures: rates and times are of the median step of `steps`.
+
+    peak_memory_bytes: the largest device's peak where the device counts it, else the process's resident peak
+    (which on a CPU is everything: libraries, program and arrays).
+    """
+    import jax
+    import numpy as np
+
+    from fm_jax import metrics, objectives, sharding, tree
+    from fm_jax.step import Program
+
+    config = config_lib.resolve(config, examples_per_epoch=1_000_000)
+    layout = sharding.Layout(sharding.make_mesh(config.mesh))
+    objective = objectives.load(config, None, layout)
+    begin = time.perf_counter()
+    program = Program(config, objective, layout)
+    state = jax.block_until_ready(program.init())
+    init_s = time.perf_counter() - begin
+
+    rng = np.random.default_rng(seed)
+    batch = program.place(objective.random_batch(config.batch_size // jax.process_count(), rng))
+    times, losses = [], []
+    for step in range(warmup_steps + steps):
+        begin = time.perf_counter()
+        state, values = program.train_step(state, batch, step)
+        jax.block_until_ready((state, values))
+        times.append(time.perf_counter() - begin)
+        losses.append(float(values["loss"][0] / values["loss"][1]))
+    devices = layout.mesh.devices
+    tokens = config.batch_size * objective.tokens_per_example
+    step_time_s = float(np.median(times[warmup_steps:]))
+    flops = config.batch_size * objective.flops_per_example
+    counted = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in layout.mesh.local_devices]
+    on_device = None not in counted
+    return {
+        "name": config.name, "device": devices.flat[0].device_kind, "devices": devices.size,
+        "mesh": dict(layout.mesh.shape), "parameters": tree.count(program.abstract.params),
+        "batch_size": config.batch_size, "tokens_per_step": tokens,
+        "tokens_per_s": tokens / step_time_s, "step_time_s": step_time_s,
+        "step_times_s": times[warmup_steps:], "flops_per_s": flops / step_time_s,
+        "mfu": metrics.mfu(tokens / step_time_s, flops / tokens, devices.size, metrics.peak_flops(devices.flat[0])),
+        "peak_memory_bytes": max(counted) if on_device else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_of": "largest device" if on_device else "process",
+        "init_s": init_s, "first_step_s": times[0], "losses": losses,
+    }
+
+
+def _flags(fv):
+    config_lib.define_config(fv)
+    flags.DEFINE_integer("steps", 10, "measured steps", flag_values=fv, lower_bound=1)
+    flags.DEFINE_integer("warmup_steps", 3, "steps before them, compilation in the first", flag_values=fv, lower_bound=1)
+    flags.DEFINE_boolean("json", False, "print one line of JSON instead of the table", flag_values=fv)
+
+
+def main(args):
+    from fm_jax import metrics
+
+    r = benchmark(args.config, steps=args.steps, warmup_steps=args.warmup_steps)
+    if args.json:
+        print(json.dumps(r))
+        return
+    mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items())
+    times = sorted(r["step_times_s"])
+    print(f"{r['name']}: {r['parameters']:,} parameters on {r['devices']} {r['device']} ({mesh}), batch {r['batch_size']}")
+    print(f"  tokens/s      {metrics.quantity(r['tokens_per_s'])}")
+    print(f"  step time     {r['step_time_s']:.4f} s, median of {len(times)} ({times[0]:.4f} to {times[-1]:.4f})")
+    print(f"  model FLOP/s  {metrics.quantity(r['flops_per_s'])}  (causal attention at half, no recomputation)")
+    print(f"  MFU           {100 * r['mfu']:.1f}%" if r["mfu"] is not None else
+          f"  MFU           unknown: no peak FLOP/s for {r['device']!r} in fm_jax/metrics.py")
+    print(f"  peak memory   {r['peak_memory_bytes'] / 2**30:.2f} GiB ({r['peak_memory_of']})")
+    print(f"  start         {r['init_s']:.1f} s to initialise, {r['first_step_s']:.1f} s for the first step")
+
+
+if __name__ == "__main__":
+    config_lib.run(main, _flags, __doc__)

