@@ -21,7 +21,8 @@ from fm_jax.errors import UserError
 def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
     """Returns the last metrics of the run that `config` describes, having trained it in `workdir` to its end.
 
-    A signal SIGTERM or SIGINT (Ctrl-C) saves at the next step boundary and returns; a second SIGINT interrupts.
+    SIGTERM saves at the next step boundary and returns; so does SIGINT (Ctrl-C), which then raises KeyboardInterrupt;
+    a second SIGINT does so at once.
     profile_steps: trace so many steps, from the tenth after the start, into `workdir`/profile.
 
     Raises:
@@ -124,6 +125,8 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
             last = validate(state, step)
     if stop:
         progress.note(f"stopped by {stop[0]} after step {step}, which is saved; the same command continues from there")
+        if stop[0] == "SIGINT":
+            raise KeyboardInterrupt   # what called this, a script or a notebook, is meant to stop as well
     return last
 
 
@@ -134,7 +137,7 @@ def _report_bad_step(workdir, bad, seen, values, data):
     folder = workdir / f"not_finite_{bad}"
     folder.mkdir(exist_ok=True)
     ids = data.ids(bad)
-    np.savez(folder / "batch.npz", **data[bad])
+    np.savez(folder / "batch.npz", **data.batch(bad))
     numbers = {name: [str(x) for x in np.ravel(value)] for name, value in values.items()}
     report = {"step": bad, "last_step_started": seen, "examples": ids.tolist(), "metrics_of_last_step": numbers}
     (folder / "report.json").write_text(json.dumps(report, indent=1))

@@ -9,10 +9,10 @@ DATA=data/english RUN=runs/quickstart
 
 echo "== 1/3 data: English text and a tokenizer trained on it"
 if [ ! -e "$DATA/manifest.json" ]; then
-  prepare() { "$PYTHON" -m fm_jax.prepare --source "$1" --tokenizer sentencepiece:4096 --output "$DATA"; }
-  prepare catalogue:wikipedia_introductions || {
+  prepare() { "$PYTHON" -m fm_jax.prepare --source "$1" --validation_frac "$2" --tokenizer sentencepiece:4096 --output "$DATA"; }
+  prepare catalogue:wikipedia_introductions 0.02 || {
     echo "Wikipedia introductions could not be fetched (above); going on with the Shakespeare text of this repository."
-    prepare catalogue:tiny_shakespeare
+    prepare catalogue:tiny_shakespeare 0.1
   }
 fi
 echo "== 2/3 training; Ctrl-C saves, the same command continues"

@@ -186,12 +186,45 @@ def test_any_changed_byte_is_found_and_its_file_named(tmp_path, monkeypatch):
     assert checkpoint.verify(tmp_path, 4) == "" and orbax_marks <= 6
 
 
-def test_checksums_are_crc32_of_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", 3 << 20)   # not a multiple of what is read at once, with 1 over
-    data = np.random.default_rng(0).bytes((7 << 20) + 1)
-    (tmp_path / "file").write_bytes(data)
-    wanted = [zlib.crc32(data[i:i + (3 << 20)]) for i in range(0, len(data), 3 << 20)]
-    assert [checkpoint._crc32(tmp_path / "file", i) for i in range(3)] == wanted
+def test_checksums_tell_what_disks_do(tmp_path):
+    data = np.random.default_rng(0).bytes(checkpoint.BLOCK_BYTES + 4_000_001)   # a block, pieces, and a part of one
+    path = tmp_path / "file"
+    checksums = lambda content: path.write_bytes(content) and [checkpoint._checksum(path, i) for i in range(2)]
+    whole = checksums(data)
+    assert whole == checksums(data) and len(set(whole)) == 2
+    rng = np.random.default_rng(1)
+    for kind in range(6):
+        for _ in range(8):
+            bad = bytearray(data)
+            at, other = (int(i) for i in rng.integers(len(data) // 4096, size=2) * 4096)
+            length = min(int(rng.integers(1, 40)) * 4096, len(data) - max(at, other))
+            if kind == 0:     # one bit
+                bad[at] ^= 1 << int(rng.integers(8))
+            elif kind == 1:   # zeroed
+                bad[at:at + length] = bytes(length)
+            elif kind == 2:   # stale
+                bad[at:at + length] = rng.bytes(length)
+            elif kind == 3:   # exchanged, anywhere
+                bad[at:at + length], bad[other:other + length] = data[other:other + length], data[at:at + length]
+            elif kind == 4:   # exchanged 4096 bytes, near each other: within one piece
+                other = at + 4096 * int(rng.integers(1, 200))
+                if other + 4096 > len(data):
+                    continue
+                bad[at:at + 4096], bad[other:other + 4096] = data[other:other + 4096], data[at:at + 4096]
+            else:             # all of one bit
+                bad[at:at + length] = bytes(b | 64 for b in bad[at:at + length])
+            if bad != data:
+                assert checksums(bad) != whole, (kind, at, other, length)
+
+
+def test_a_checksum_is_the_crc32_of_column_sums(tmp_path):
+    data = np.random.default_rng(0).integers(2**64, size=16 * 8191 + 5, dtype=np.uint64)
+    data.tofile(tmp_path / "file")
+    crc = 0
+    for piece in (data[:16 * 8191], data[16 * 8191:]):
+        columns = [sum(int(w) for w in piece[c::8191]) % 2**64 for c in range(8191)]
+        crc = zlib.crc32(np.array(columns, np.uint64).tobytes(), crc)
+    assert checkpoint._checksum(tmp_path / "file", 0) == crc
 
 
 def _damage(folder, step):

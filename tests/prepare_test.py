@@ -35,7 +35,7 @@ def test_mixed_formats_become_one_folder_that_is_used_again(tmp_path):
     manifest = prepared.read_manifest(tmp_path / "data" / "x")
     assert manifest["licence"] == "CC0" and manifest["documents_duplicate"] == 20
     texts = {f"document number {n}\nof some lines" for n in range(90)} | {"first note", "second note", "fourth note"}
-    assert set(prepared.held_out_texts(tmp_path / "data" / "x")) < texts
+    assert set(prepared.texts(tmp_path / "data" / "x", "validation")) < texts
     assert sum(s["documents"] for s in manifest["splits"].values()) == len(texts)
     for word in ("data/x: prepared", "train", "validation", "bytes per token", "licence: CC0"):
         assert word in result.stdout
@@ -72,8 +72,8 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(tmp_path, files, flags, 
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    result = run("--source=x.jsonl", "--tokenizer=bytes", "--output=out", "--validation_frac=0.1", "--workers=1", *flags,
-                 cwd=tmp_path)
+    result = run("--source=x.jsonl", "--tokenizer=bytes", "--output=out", "--validation_frac=0.1", "--workers=1",
+                 *flags, cwd=tmp_path)
     assert result.returncode == 2
     assert message in result.stderr and result.stderr.count("\n") == 1, result.stderr
     assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == set(files)

@@ -95,13 +95,14 @@ class CausalLM:
         if self.fim_rate:
             tokens = np.stack([self._fill_in_the_middle(t, s, np.random.default_rng(seed))
                                for t, s, seed in zip(tokens, segments, seeds)])
-        inputs, index = segments[:, :-1], np.arange(self.seq_len, dtype=np.int32)
+        inputs = segments[:, :-1]
         fresh = np.ones(inputs.shape, bool)
         np.not_equal(inputs[:, 1:], inputs[:, :-1], out=fresh[:, 1:])
-        positions = index - np.maximum.accumulate(np.where(fresh, index, 0), axis=1)
+        first = np.flatnonzero(fresh).astype(np.int32)   # of each document's piece, counted over all rows
+        positions = np.arange(inputs.size, dtype=np.int32) - np.repeat(first, np.diff(first, append=inputs.size))
         weights = ((inputs == segments[:, 1:]) & (inputs > 0)).astype(np.float32)
-        return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions, "segment_ids": inputs,
-                "weights": weights}
+        return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions.reshape(inputs.shape),
+                "segment_ids": inputs, "weights": weights}
 
     def random_batch(self, n, rng):
         tokens = rng.integers(0, self.arch.vocab_size, (n, self.seq_len + 1), dtype=np.int32)

@@ -38,7 +38,8 @@ def test_standard_library_is_the_running_one():
 
 def fake(tmp_path, monkeypatch, content, sha256=None):
     """Returns an entry whose download is `content`, and the list of downloads made."""
-    entry = catalogue.Dataset("fake", "", "CC0", "wheel", "fake-data", "1.0", sha256 or hashlib.sha256(content).hexdigest(),
+    entry = catalogue.Dataset("fake", "", "CC0", "wheel", "fake-data", "1.0",
+                              sha256 or hashlib.sha256(content).hexdigest(),
                               lambda archive: iter([{"text": archive.read("x.txt").decode()}]))
     downloads = []
 
@@ -102,7 +103,8 @@ def test_tar_members_are_found_by_name(tmp_path):
             info.size = len(name)
             archive.addfile(info, io.BytesIO(name.encode()))
     archive = catalogue.Archive(tmp_path / "x.tar.gz", 0, "")
-    assert list(archive.read_all(lambda n: n.endswith(".txt")).items()) == [("b/1.txt", b"b/1.txt"), ("b/2.txt", b"b/2.txt")]
+    found = list(archive.read_all(lambda n: n.endswith(".txt")).items())
+    assert found == [("b/1.txt", b"b/1.txt"), ("b/2.txt", b"b/2.txt")]
 
 
 def test_without_network_one_line_names_package_and_alternative(tmp_path, monkeypatch):

@@ -75,8 +75,9 @@ def test_weights_hold_exactly_in_every_block_and_nearly_in_every_batch():
     source, epoch, row = mixture.locate(np.arange(5000))
     for block in source.reshape(500, 10):
         np.testing.assert_array_equal(np.bincount(block, minlength=3), [6, 1, 3])
-    for batch in source[:4992].reshape(-1, 32):
-        assert np.abs(np.bincount(batch, minlength=3) - 32 * np.array([0.6, 0.1, 0.3])).max() <= 2
+    spread = Mixture([Numbers(50)] * 3, [0.61, 0.09, 0.3]).locate(np.arange(4992))[0]     # blocks of 100
+    for batch in spread.reshape(-1, 32):
+        assert np.abs(np.bincount(batch, minlength=3) - 32 * np.array([0.61, 0.09, 0.3])).max() <= 2
     for s, n in enumerate((50, 7, 900)):     # each source runs through its own epochs
         seen = [row[(source == s) & (epoch == e)] for e in range(epoch[source == s].max())]
         for rows in seen:

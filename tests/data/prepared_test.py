@@ -85,7 +85,7 @@ def test_scored_targets_are_the_text_exactly(tmp_path):
 def test_held_out_text_is_the_validation_split(tmp_path):
     texts = corpus()
     prepared.prepare(write(tmp_path / "x.jsonl", texts), "bytes", tmp_path / "out", validation_frac=0.3)
-    held_out = list(prepared.held_out_texts(tmp_path / "out"))
+    held_out = list(prepared.texts(tmp_path / "out", "validation"))
     rows = prepared.Rows(tmp_path / "out", "validation", 16)
     assert sum(len(t.encode()) for t in held_out) == rows.bytes and len(held_out) == rows.documents
     tokens = rows[np.arange(len(rows))]["tokens"]
@@ -93,18 +93,31 @@ def test_held_out_text_is_the_validation_split(tmp_path):
     assert tokenizers.ByteTokenizer().decode(stream[:rows.tokens]) == "".join(held_out)
 
 
+@pytest.mark.parametrize("tokenizer", ["bytes", "sentencepiece:300"])
+def test_texts_gives_back_every_document(tmp_path, tokenizer):
+    texts = corpus()
+    prepared.prepare(write(tmp_path / "x.jsonl", texts), tokenizer, tmp_path / "out", validation_frac=0.3,
+                     shard_tokens=200)
+    by_split = [list(prepared.texts(tmp_path / "out", split)) for split in prepared.SPLITS]
+    assert sorted(by_split[0] + by_split[1]) == sorted(texts)
+    starts = np.fromfile(tmp_path / "out" / "train" / "starts.int64", "<i8")
+    assert len(by_split[0]) == len(starts) - 1
+    if tokenizer == "bytes":    # in order: each as long as its place in the stream
+        assert [len(t.encode()) + 2 for t in by_split[0]] == np.diff(starts).tolist()
+
+
 def test_equal_texts_are_on_one_side_and_counted(tmp_path):
     texts = corpus(100)
     manifest, _ = prepared.prepare(write(tmp_path / "x.jsonl", texts * 3 + ["", "  \n"]), "bytes", tmp_path / "out",
                                    validation_frac=0.3)
     assert manifest["documents_duplicate"] == 200 and manifest["documents_empty"] == 2
-    held_out = set(prepared.held_out_texts(tmp_path / "out"))
+    held_out = set(prepared.texts(tmp_path / "out", "validation"))
     # Other data that shares documents agrees on what is held out, and a larger fraction holds out more.
     prepared.prepare(write(tmp_path / "y.jsonl", texts[:50] + corpus(50, seed=1)), "bytes", tmp_path / "other",
                      validation_frac=0.3)
-    assert held_out & set(texts[:50]) == set(prepared.held_out_texts(tmp_path / "other")) & set(texts[:50])
+    assert held_out & set(texts[:50]) == set(prepared.texts(tmp_path / "other", "validation")) & set(texts[:50])
     prepared.prepare(write(tmp_path / "x.jsonl", texts), "bytes", tmp_path / "more", validation_frac=0.6)
-    assert held_out < set(prepared.held_out_texts(tmp_path / "more"))
+    assert held_out < set(prepared.texts(tmp_path / "more", "validation"))
     # 100 draws at 0.3: six deviations of sqrt(100 * 0.3 * 0.7) either way.
     assert 30 - 28 < len(held_out) < 30 + 28
 

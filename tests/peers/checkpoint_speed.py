@@ -1,7 +1,7 @@
 """Prints the time to save and restore the same 1 GB of training state, beside torch.save and torch.load.
 
 Interleaved rounds in two processes, one an interpreter with PyTorch (requirements.txt), on one disk, files in the
-page cache. Ours includes writing and checking the CRC-32s, and waits for the disk (fsync); torch.save does neither
+page cache. Ours includes writing and checking checksums, and waits for the disk (fsync); torch.save does neither
 of the last two, so it is timed with fsync as well. "blocked" is what an asynchronous save costs the train loop.
 
     PYTHONPATH=. python tests/peers/checkpoint_speed.py --torch_python .venv-torch/bin/python [--rounds 5] [--gb 1]
@@ -123,8 +123,8 @@ def main():
             worker.stdin.close()
             worker.wait()
     for name, rounds in times.items():
-        medians = {k: statistics.median(r[k] for r in rounds) for k in rounds[0]}
-        print(f"{name}: " + ", ".join(f"{k} {v:.3f} s" for k, v in medians.items()))
+        seconds = {k: [r[k] for r in rounds] for k in rounds[0]}
+        print(f"{name}: " + ", ".join(f"{k} {statistics.median(v):.3f} s (best {min(v):.3f})" for k, v in seconds.items()))
     for save in ("save", "save and fsync"):
         ratios = sorted((t[save] + t["restore"]) / (o["save"] + o["restore"]) for o, t in zip(*times.values()))
         print(f"save + restore, torch ({save}) / ours: median {statistics.median(ratios):.2f} "

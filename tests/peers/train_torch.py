@@ -6,7 +6,7 @@ projection for queries, keys and values, F.scaled_dot_product_attention, F.cross
 With `--weights` and `--batches`, files that same_losses.py writes, it starts from our parameters and
 prints the losses to compare; else both are random.
 
-Try:  python tests/peers/train_torch.py --model gpt2_like --steps 8
+Try:  python tests/peers/train_torch.py --model gpt2 --steps 8
 """
 
 import argparse
@@ -20,10 +20,10 @@ from torch import nn
 from torch.nn import functional as F
 
 MODELS = {   # as configs/causal_lm.py:bench_NAME
-    "gpt2_like": dict(layers=6, width=384, heads=6, kv_heads=6, mlp=1536, vocab=8192, seq_len=256, batch=16,
-                      llama=False),
-    "llama_like": dict(layers=8, width=512, heads=8, kv_heads=4, mlp=1408, vocab=8192, seq_len=512, batch=8,
-                       llama=True),
+    "gpt2": dict(layers=6, width=384, heads=6, kv_heads=6, mlp=1536, vocab=8192, seq_len=256, batch=16,
+                 llama=False),
+    "llama": dict(layers=8, width=512, heads=8, kv_heads=4, mlp=1408, vocab=8192, seq_len=512, batch=8,
+                  llama=True),
 }
 NORM_EPS, ROPE_THETA = 1e-5, 10000.0
 

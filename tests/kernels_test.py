@@ -1,0 +1,345 @@
+"""The kernels against naive NumPy float64 and against their JAX references, values and gradients; and what they never build.
+
+The NumPy references are loops with rules asked for single pairs, and no gradients: a kernel's gradient is held
+to the central differences of the NumPy value along random directions, and in every element to what autodiff makes
+of the JAX reference.
+"""
+
+import math
+
+import jax
+from jax.extend import core
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fm_jax import kernels
+from fm_jax.errors import UserError
+from fm_jax.kernels import Mask
+
+# Float32 against float64 or another order of float32 sums: errors seen are below 1e-5 on values of order 1.
+CLOSE = dict(rtol=1e-4, atol=5e-5)
+# bfloat16 keeps 8 bits: 2^-8 of the largest element, a few roundings deep.
+BF16 = 4 * 2 ** -8
+
+
+def normals(seed, *shapes):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=s).astype(np.float32) for s in shapes]
+
+
+def assert_derivative(f, args, cotangent, grads, seed=0):
+    """Asserts that <grads, d> is the derivative of <f(args), cotangent> along random directions d, one argument each.
+
+    f is NumPy in float64. A central difference of step 1e-4 is right to about 1e-7; the rest is float32.
+    """
+    rng, args = np.random.default_rng(seed), [np.asarray(a, np.float64) for a in args]
+    for i, grad in enumerate(grads):
+        d = rng.normal(size=args[i].shape)
+        up, down = ([*args[:i], args[i] + sign * 1e-4 * d, *args[i + 1:]] for sign in (1, -1))
+        want = ((f(*up) - f(*down)) * cotangent).sum() / 2e-4
+        got = (np.asarray(grad, np.float64) * d).sum()
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4 * np.abs(np.asarray(grad) * d).sum() ** 0.5,
+                                   err_msg=f"argument {i}")
+
+
+def equations(jaxpr):
+    """Yields every equation of a jaxpr and of the jaxprs within it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(inner, core.ClosedJaxpr):
+                    yield from equations(inner.jaxpr)
+                elif isinstance(inner, core.Jaxpr):
+                    yield from equations(inner)
+
+
+def trace(f, *args):
+    return list(equations(jax.make_jaxpr(f)(*args).jaxpr))
+
+
+def shapes_of(eqns):
+    return [v.aval.shape for eqn in eqns for v in eqn.outvars]
+
+
+def dot_flops(eqns):
+    """Returns the multiplications of all matrix products."""
+    total = 0
+    for eqn in eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            lhs = eqn.invars[0].aval.shape
+            total += math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracted)
+    return total
+
+
+# --- linear ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("x_shape, w_shape, inputs", [((2, 3, 5), (5, 7), 1), ((2, 3, 5), (5, 2, 3, 4), 1),
+                                                      ((2, 3, 2, 4), (2, 4, 5), 2), ((4, 2, 1, 3), (2, 1, 3, 6), 3)])
+def test_linear_equals_tensordot(x_shape, w_shape, inputs):
+    x, w = normals(0, x_shape, w_shape)
+    want = np.tensordot(x.astype(np.float64), w, inputs)
+    np.testing.assert_allclose(kernels.linear(x, w, inputs), want, **CLOSE)
+    half = kernels.linear(jnp.asarray(x, jnp.bfloat16), w, inputs)
+    assert half.dtype == jnp.bfloat16 and half.shape == want.shape
+    np.testing.assert_allclose(half.astype(np.float32), want, atol=BF16 * np.abs(want).max())
+
+
+# --- norms ----------------------------------------------------------------------------------------------------------
+
+def numpy_norm(x, scale, bias=None, *, centered, eps=1e-3):
+    out = np.empty_like(x)
+    for i in np.ndindex(x.shape[:-1]):
+        row = x[i] - (x[i].mean() if centered else 0)
+        out[i] = row / math.sqrt((row ** 2).mean() + eps) * scale + (0 if bias is None else bias)
+    return out
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("centered", [False, True])
+def test_norm_equals_numpy_and_autodiff(centered, has_bias):
+    x, dy, scale, bias = normals(1, (3, 5, 12), (3, 5, 12), (12,), (12,))
+    x = 2 * x + 0.7   # a mean, so that centering shows
+    args = (x, scale, bias) if has_bias else (x, scale)
+    call = lambda f: lambda x, scale, bias=None: f(x, scale, bias, 1e-3, centered)
+    y, pull = jax.vjp(call(kernels.norm), *args)
+    grads = pull(dy)
+    naive = lambda *a: numpy_norm(*a, centered=centered)
+    np.testing.assert_allclose(y, naive(*(a.astype(np.float64) for a in args)), **CLOSE)
+    assert_derivative(naive, args, dy, grads)
+    for got, want in zip(grads, jax.vjp(call(kernels.norm_reference), *args)[1](dy)):
+        np.testing.assert_allclose(got, want, **CLOSE)
+
+
+def test_norm_in_bfloat16_has_float32_statistics():
+    x, dy, scale, bias = normals(2, (4, 256), (4, 256), (256,), (256,))
+    x = x + 3.0   # E[x^2] - E[x]^2 in bfloat16 would lose the deviation
+    low = jnp.asarray(x, jnp.bfloat16)
+    y, pull = jax.vjp(lambda x, s, b: kernels.norm(x, s, b, 1e-6, True), low, scale, bias)
+    dx, dscale, dbias = pull(jnp.asarray(dy, jnp.bfloat16))
+    want, pull = jax.vjp(lambda x, s, b: kernels.norm_reference(x, s, b, 1e-6, True), np.asarray(low, np.float32),
+                         scale, bias)
+    assert (y.dtype, dx.dtype, dscale.dtype, dbias.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.float32)
+    # One rounding, of the result: half of a unit in the last of 8 bits.
+    np.testing.assert_allclose(y.astype(np.float32), want, rtol=2 ** -8, atol=1e-6)
+    for got, ref in zip((dx, dscale, dbias), pull(np.asarray(jnp.asarray(dy, jnp.bfloat16), np.float32))):
+        np.testing.assert_allclose(np.asarray(got, np.float32), ref, rtol=2 ** -7, atol=1e-3)
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+def segments(B, T, seed):
+    """Returns int32 [B, T]: documents counted from 1, then padding 0."""
+    rng = np.random.default_rng(seed)
+    rows = [np.searchsorted(np.sort(rng.integers(1, T, 4)), np.arange(T), side="right") + 1 for _ in range(B)]
+    out = np.stack(rows).astype(np.int32)
+    out[0, T - T // 10:] = 0
+    return out
+
+
+def case(*, B=2, T=300, S=None, K=2, G=1, H=4, causal=True, window=0, packed=False, prefix=False, softcap=0.0, seed=0):
+    """Returns (q, k, v, Mask, keywords): inputs of a size that makes attention far from uniform."""
+    S = S or T
+    q, k, v = normals(seed, (B, T, K, G, H), (B, S, K, H), (B, S, K, H))
+    q_segments = segments(B, T, seed) if packed else None
+    k_segments = q_segments if S == T else segments(B, S, seed + 1) if packed else None
+    k_prefix = (np.arange(S) % 97 < 20)[None].repeat(B, 0) if prefix else None
+    return q, k, v, Mask(causal, window, q_segments, k_segments, k_prefix), dict(scale=0.9, softcap=softcap)
+
+
+def numpy_attention(q, k, v, mask, scale, softcap):
+    (B, T, K, G, H), S = q.shape, k.shape[1]
+    out = np.zeros(q.shape)
+    sees = np.array([[[(not mask.causal or s <= t or (mask.k_prefix_BS is not None and mask.k_prefix_BS[b, s]))
+                       and (not mask.window or abs(t - s) < mask.window)
+                       and (mask.q_segments_BT is None or mask.q_segments_BT[b, t] == mask.k_segments_BS[b, s])
+                       for s in range(S)] for t in range(T)] for b in range(B)])
+    for b, n, g in np.ndindex(B, K, G):
+        for t in range(T):
+            keys = np.flatnonzero(sees[b, t])
+            scores = k[b, keys, n] @ q[b, t, n, g] * scale
+            if softcap:
+                scores = softcap * np.tanh(scores / softcap)
+            e = np.exp(scores - scores.max())
+            out[b, t, n, g] = e / e.sum() @ v[b, keys, n]
+    return out
+
+
+# 300 queries in blocks of 128 leave an odd last block; 97 are less than one block.
+CASES = {
+    "causal": {},
+    "bidirectional": dict(causal=False),
+    "one_short_block": dict(T=97, packed=True),
+    "window": dict(window=40),
+    "window_past_a_block": dict(window=150, G=3),
+    "bidirectional_window": dict(causal=False, window=40),
+    "packed": dict(packed=True, G=2),
+    "packed_window": dict(packed=True, window=33),
+    "prefix": dict(prefix=True),
+    "prefix_window_packed": dict(prefix=True, window=50, packed=True),
+    "softcap": dict(softcap=0.8, packed=True),
+    "everything": dict(prefix=True, window=50, packed=True, softcap=1.5, G=2, K=3),
+    "cross": dict(causal=False, T=150, S=41),
+}
+
+
+def value_and_grads(kernel, q, k, v, mask, how, dout):
+    @jax.jit
+    def run(q, k, v):
+        out, pull = jax.vjp(lambda q, k, v: kernels.attention(q, k, v, mask, kernel=kernel, **how), q, k, v)
+        return out, pull(dout)
+    return run(q, k, v)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_chunked_attention_equals_numpy_and_autodiff(name):
+    q, k, v, mask, how = case(**CASES[name])
+    dout, = normals(9, q.shape)
+    out, grads = value_and_grads("chunked", q, k, v, mask, how, dout)
+    want, want_grads = value_and_grads("reference", q, k, v, mask, how, dout)
+    np.testing.assert_allclose(out, want, **CLOSE)
+    for letter, got, ref in zip("qkv", grads, want_grads):
+        np.testing.assert_allclose(got, ref, **CLOSE, err_msg=f"d{letter}")
+    naive = numpy_attention(*(x.astype(np.float64) for x in (q, k, v)), mask, **how)
+    np.testing.assert_allclose(out, naive, **CLOSE)
+
+
+@pytest.mark.parametrize("kernel", ["chunked", "reference"])
+def test_attention_gradients_equal_differences(kernel):
+    """Both kernels, on their own, against differences of the loops: autodiff of a wrong mask would agree with itself."""
+    q, k, v, mask, how = case(T=140, B=1, K=1, G=2, window=30, packed=True, prefix=True, softcap=1.5)
+    dout, = normals(9, q.shape)
+    _, grads = value_and_grads(kernel, q, k, v, mask, how, dout)
+    assert_derivative(lambda q, k, v: numpy_attention(q, k, v, mask, **how), (q, k, v), dout, grads)
+
+
+def test_attention_in_bfloat16():
+    q, k, v, mask, how = case(packed=True, window=100, G=2)
+    dout, = normals(9, q.shape)
+    low = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v, dout)]
+    out, grads = value_and_grads("chunked", *low[:3], mask, how, low[3])
+    exact, exact_grads = value_and_grads("reference", *(x.astype(np.float32) for x in low[:3]), mask, how,
+                                         low[3].astype(np.float32))
+    for got, want in zip((out, *grads), (exact, *exact_grads)):
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_allclose(got.astype(np.float32), want, atol=BF16 * np.abs(want).max())
+
+
+def test_a_query_without_keys_disturbs_nothing():
+    """In cross attention a document may have no source: its output is finite, and it moves no query or key."""
+    q, k, v, _, how = case(causal=False, T=150, S=41)
+    q_segments = np.where(np.arange(150) < 20, 7, 1)[None].repeat(2, 0)
+    mask = Mask(False, 0, q_segments, np.ones((2, 41), int))
+    dout, = normals(9, q.shape)
+    (out, grads), (want, want_grads) = (value_and_grads(kernel, q, k, v, mask, how, dout)
+                                        for kernel in ("chunked", "reference"))
+    assert np.isfinite(out).all() and not np.asarray(grads[0])[:, :20].any()
+    np.testing.assert_allclose(out[:, 20:], want[:, 20:], **CLOSE)
+    for i in range(2):
+        np.testing.assert_allclose(grads[i], want_grads[i], **CLOSE)
+
+
+def test_chunked_attention_never_builds_all_scores():
+    T = 1024
+    q, k, v, _, how = case(B=1, T=T, K=1)
+    for window in (0, 100):
+        for f in (lambda q, k, v: kernels.attention(q, k, v, Mask(True, window), kernel="chunked", **how).sum(),):
+            for traced in (trace(f, q, k, v), trace(jax.grad(f, (0, 1, 2)), q, k, v)):
+                assert max(map(math.prod, shapes_of(traced))) <= T * T / 4
+    reference = trace(lambda q, k, v: kernels.attention(q, k, v, Mask(), kernel="reference", **how), q, k, v)
+    assert max(map(math.prod, shapes_of(reference))) >= T * T   # so the walk does see such arrays
+
+
+@pytest.mark.parametrize("differentiate", [False, True])
+def test_unseen_blocks_are_skipped(differentiate):
+    """Products go with the visible pairs of blocks: causal about half of all, windows linear in T."""
+    def flops(T, **mask):
+        q, k, v, _, how = case(B=1, T=T, K=1)
+        f = lambda q, k, v: kernels.attention(q, k, v, Mask(**mask), kernel="chunked", **how).sum()
+        return dot_flops(trace(jax.grad(f, (0, 1, 2)) if differentiate else f, q, k, v))
+
+    everything, causal = flops(1024, causal=False), flops(1024)
+    assert 0.5 * everything < causal < 0.6 * everything
+    near, nearer = flops(1024, window=100), flops(512, window=100)
+    assert near < 0.25 * everything and near < 2.3 * nearer
+    assert flops(1024, causal=False, window=100) < 0.45 * everything
+
+
+def test_long_sequences_compile_to_few_blocks():
+    q, k, v, _, how = (jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x
+                       for x in case(B=1, T=64, K=1))
+    grow = lambda a: jax.ShapeDtypeStruct((1, 65536, *a.shape[2:]), a.dtype)
+    eqns = trace(lambda q, k, v: kernels.attention(q, k, v, Mask(), kernel="chunked", **how), grow(q), grow(k), grow(v))
+    assert sum(e.primitive.name == "dot_general" for e in eqns) <= 2 * kernels.MOST_QUERY_CHUNKS
+
+
+def test_chunked_attention_refuses_what_it_cannot_serve():
+    q, k, v, _, how = case(T=8, S=6)
+    with pytest.raises(UserError, match="cannot attend to a cache"):
+        kernels.attention(q, k, v, Mask(q_index_BT=np.zeros((2, 8))), kernel="chunked", **how)
+    with pytest.raises(UserError, match="got 8 and 6"):
+        kernels.attention(q, k, v, Mask(), kernel="chunked", **how)
+
+
+# --- cross-entropy --------------------------------------------------------------------------------------------------
+
+def numpy_cross_entropy(x, table, labels, softcap):
+    """Returns (nll, lse, correct) [B, T], one position at a time."""
+    out = np.zeros((3, *labels.shape))
+    for i in np.ndindex(labels.shape):
+        logits = table @ x[i]
+        if softcap:
+            logits = softcap * np.tanh(logits / softcap)
+        lse = logits.max() + np.log(np.exp(logits - logits.max()).sum())
+        out[(slice(None), *i)] = lse - logits[labels[i]], lse, logits.argmax() == labels[i]
+    return out
+
+
+@pytest.mark.parametrize("chunk_length", [0, 1, 4, 5, 10, 64])   # of 10: all, pieces that leave a rest, more than all
+@pytest.mark.parametrize("softcap", [0.0, 1.3])
+def test_cross_entropy_equals_numpy_and_autodiff(softcap, chunk_length):
+    x, table, dnll, dlse = normals(3, (3, 10, 6), (17, 6), (3, 10), (3, 10))
+    labels = np.random.default_rng(4).integers(0, 17, (3, 10))
+    labels[:, 0] = (x[:, 0] @ table.T).argmax(-1)   # some right ones
+    fast = lambda x, t: kernels.cross_entropy(x, t, labels, softcap=softcap, chunk_length=chunk_length)
+    plain = lambda x, t: kernels.cross_entropy_reference(x, t, labels, softcap=softcap)
+    (nll, lse, correct), pull = jax.vjp(fast, x, table)
+    naive = lambda x, t: numpy_cross_entropy(x, t, labels, softcap)
+    want = naive(x.astype(np.float64), table.astype(np.float64))
+    np.testing.assert_allclose(nll, want[0], **CLOSE)
+    np.testing.assert_allclose(lse, want[1], **CLOSE)
+    np.testing.assert_array_equal(correct, want[2])
+    # The cotangents of nll and of the log-normaliser (z-loss) apart, then together; none of `correct` comes through.
+    for a, b in ((1, 0), (0, 1), (1, 1)):
+        cotangents = (a * dnll, b * dlse, np.ones_like(dnll))
+        grads = pull(cotangents)
+        assert_derivative(naive, (x, table), np.stack([a * dnll, b * dlse, 0 * dnll]), grads)
+        for got, ref in zip(grads, jax.vjp(plain, x, table)[1](cotangents)):
+            np.testing.assert_allclose(got, ref, **CLOSE)
+
+
+def test_cross_entropy_in_bfloat16_sums_in_float32():
+    x, table = normals(5, (2, 64, 16), (50, 16))
+    labels = np.random.default_rng(6).integers(0, 50, (2, 64))
+    low = jnp.asarray(x, jnp.bfloat16)
+    loss = lambda f: lambda x, t: f(x, t, labels)[0].mean()
+    chunked = lambda x, t, y: kernels.cross_entropy(x, t, y, chunk_length=8)
+    value, (dx, dtable) = jax.value_and_grad(loss(chunked), (0, 1))(low, table)
+    low_table = np.asarray(jnp.asarray(table, jnp.bfloat16), np.float32)
+    want, wants = jax.value_and_grad(loss(kernels.cross_entropy_reference), (0, 1))(np.asarray(low, np.float32), low_table)
+    assert (value.dtype, dx.dtype, dtable.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(value, want, rtol=1e-5)   # products of bfloat16 are exact in float32
+    for got, ref in zip((dx, dtable), wants):
+        np.testing.assert_allclose(np.asarray(got, np.float32), ref, atol=BF16 * np.abs(ref).max())
+
+
+def test_cross_entropy_never_builds_all_logits():
+    B, T, V, D, c = 2, 64, 512, 4, 8
+    x, table = normals(7, (B, T, D), (V, D))
+    labels = np.zeros((B, T), int)
+    loss = lambda c: lambda x, t: kernels.cross_entropy(x, t, labels, chunk_length=c)[0].sum()
+    for traced in (trace(loss(c), x, table), trace(jax.grad(loss(c), (0, 1)), x, table)):
+        assert max(map(math.prod, shapes_of(traced))) <= B * c * V
+    assert max(map(math.prod, shapes_of(trace(jax.grad(loss(0)), x, table)))) >= B * T * V   # the walk would see them
