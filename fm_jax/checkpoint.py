@@ -44,9 +44,9 @@ from fm_jax import tree
 from fm_jax.errors import UserError, choose
 
 FORMAT = 1                # of meta.json
-# Checksums: see `_checksum`. 8191 is odd and prime, so that no two sectors of a piece share their columns.
+# See `_checksum`. No two sectors of a piece share their columns, as 8191 is prime.
 PIECE_SHAPE = 16, 8191               # of 64-bit words
-BLOCK_BYTES = 16 * 8 * 16 * 8191     # 16 pieces, one checksum: threads share a large file, and an error says where it is
+BLOCK_BYTES = 16 * 8 * 16 * 8191     # 16 pieces have one checksum: threads share a large file, errors say where
 # What may change between two starts of one run, of the sections that otherwise must not.
 FIXED = ("objective", "objective_args", "model", "seed", "batch_size", "seq_len", "optimizer.name")
 FREE = ("model.dtype", "model.remat", "model.scan_layers", "model.attention_kernel", "model.loss_chunk_tokens",
@@ -321,7 +321,7 @@ def _stored(checkpoint, items, prefix=None):
     """Returns {dotted name in the state: metadata with shape and dtype} of what a checkpoint holds."""
     named = {}
     for item in items:
-        stored = tree.flatten(_handler().metadata(epath.Path(checkpoint / item)).tree)
+        stored = tree.flatten(_handler().metadata(epath.Path(checkpoint.absolute() / item)).tree)
         before = ("" if item == "optimizer" else item + ".") if prefix is None else prefix
         named |= {before + n: leaf for n, leaf in stored.items()}
     return named
@@ -329,6 +329,7 @@ def _stored(checkpoint, items, prefix=None):
 
 def _read_item(path, abstract):
     """Returns one item's tree. `abstract`: what to read of it, and how; None: everything, as NumPy arrays."""
+    path = path.absolute()   # Orbax takes no other
     with ocp.Checkpointer(_handler()) as reader:
         if abstract is None:
             stored = _handler().metadata(epath.Path(path)).tree
@@ -401,7 +402,7 @@ class Checkpoints:
         self._checkpointer = ocp.AsyncCheckpointer(handler)
         args = {name: ocp.args.PyTreeSave(item) for name, item in items.items()}
         try:
-            self._checkpointer.save(self._folder / str(step), args=_HandlerArgs(**args))
+            self._checkpointer.save(self._folder.absolute() / str(step), args=_HandlerArgs(**args))
         except Exception as e:
             raise self._failed(e) from e
         if not self._options.asynchronous:

@@ -197,7 +197,7 @@ def _chunked_forward(q_BTKGH, k_BSKH, v_BSKH, arrays, static):
         total = p.sum(-1, keepdims=True)
         out = jnp.einsum("bkgts,bksh->bkgth", p.astype(v.dtype), v[:, :, cols], preferred_element_type=jnp.float32)
         outs.append((out / total).astype(q.dtype))
-        # A query that sees no key: its scores are all NEVER, and against this bound they have weight 0 in the backward pass.
+        # The bound is for a query that sees no key: against it, scores of NEVER have weight 0 in the backward pass.
         lses.append(jnp.maximum(top + jnp.log(total), NEVER / 2))
     out = jnp.concatenate(outs, axis=3)
     lse = jnp.concatenate(lses, axis=3)

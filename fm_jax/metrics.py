@@ -130,7 +130,7 @@ class Writer:
             f.flush()
             os.fsync(f.fileno())
         os.replace(new, path)
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "ab", buffering=0)   # a kill loses no line that was written
         if tensorboard:
             import tensorboardX   # protobuf: 0.2 s that evaluation and tests need not pay
 
@@ -140,13 +140,20 @@ class Writer:
                                                      filename_suffix=f".from{step + 1}")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Returns nothing; appends one line. Numbers that are not finite become null: JSON has none."""
+        """Returns nothing; appends one line. Numbers that are not finite become null: JSON has none.
+
+        Raises:
+          UserError: the disk is full.
+        """
         if self._file is None:
             return
         values = {k: float(v) for k, v in values.items()}
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"step": int(step), "time_s": round(time.time(), 3), **finite}) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": int(step), "time_s": round(time.time(), 3), **finite}) + "\n"
+        try:
+            self._file.write(line.encode())
+        except OSError as e:
+            raise UserError(f"{self._file.name}: step {step} cannot be written ({e.strerror})") from None
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(name, value, int(step))
@@ -176,6 +183,7 @@ class Progress:
         self._silent = jax.process_index() != 0
         self._bar = bar and self._out.isatty()
         self._drawn_s = 0.0
+        self._open = False   # the line of the bar has no end yet
 
     def show(self, step: int, *, loss: float, tokens_per_s: float | None = None, mfu: float | None = None,
              remaining_s: float | None = None) -> None:
@@ -198,25 +206,27 @@ class Progress:
         room = shutil.get_terminal_size().columns - len(head) - len(text) - 12
         filled = round(frac * min(30, room))
         drawn = "#" * filled + "-" * (min(30, room) - filled) + " " if room >= 5 else ""
+        self._open = not last
         self._out.write(f"\r\x1b[K{head} {100 * frac:3.0f}% {drawn}{text}" + ("\n" if last else ""))
         self._out.flush()
 
     def note(self, text: str) -> None:
         """Returns nothing; prints a line of its own, above the bar."""
         if not self._silent:
-            print(("\r\x1b[K" if self._bar else "") + text, file=self._out, flush=True)
+            print(("\r\x1b[K" if self._open else "") + text, file=self._out, flush=True)
 
     def close(self) -> None:
-        """Returns nothing; leaves the bar's line, as it stands."""
-        if self._bar and self._drawn_s:
+        """Returns nothing; leaves the bar as it stands, and goes to the next line."""
+        if self._open:
             print(file=self._out, flush=True)
+        self._open = False
 
 
 def quantity(x: float) -> str:
     """Returns 1234567 as "1.23M": three digits and a unit, k M G T P E Z Y."""
-    for factor, unit in ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if x >= 0.9995 * factor:
-            return f"{x / factor:.3g}{unit}"
+    for power, unit in reversed(list(enumerate("kMGTPEZY", start=1))):
+        if x >= 0.9995 * 1000.0**power:   # 999.9 is 1k, not 1e+03
+            return f"{x / 1000.0**power:.3g}{unit}"
     return f"{x:.3g}"
 
 

@@ -369,7 +369,8 @@ def _through_layers(apply, x, layers, keys, a: Architecture):
         x, _, taps = apply(x, layer, key, kind)
         return x, taps
 
-    one = remat(one)
+    # Under jit, layers that are unrolled are traced once for all of their kind; XLA inlines them again.
+    one = jax.jit(remat(one), static_argnums=3)
     at = lambda tree_, i: None if tree_ is None else jax.tree.map(lambda p: p[i], tree_)
     scanned = a.num_layers // period * period if a.scan_layers and not isinstance(layers, tuple) else 0
     stacks = []

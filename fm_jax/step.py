@@ -62,8 +62,9 @@ class Program:
         self.shardings = State(
             layout.replicated, placed, optim.state_shardings(self.tx, params, placed, layout.replicated),
             placed if config.optimizer.ema_decay else None)
+        shapes = jax.eval_shape(self._around, params)
         self.abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-                                     jax.eval_shape(self._init), self.shardings)
+                                     shapes, self.shardings)
         self.batch_spec = {
             name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout.batch(a.ndim))
             for name, a in objective.batch_spec(config.batch_size).items()}
@@ -101,7 +102,11 @@ class Program:
     # --- what is compiled -------------------------------------------------------------------------------------------
 
     def _init(self):
-        params, _ = sharding.unbox(self.objective.init(jax.random.fold_in(jax.random.key(self.config.seed), 0)))
+        key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
+        return self._around(sharding.unbox(self.objective.init(key))[0])
+
+    def _around(self, params):
+        """Returns the state at step 0 that has these parameters."""
         ema = optim.ema_init(params) if self.config.optimizer.ema_decay else None
         return State(jnp.zeros((), jnp.int32), params, self.tx.init(params), ema)
 

@@ -62,7 +62,6 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
         for batch in held_out.iterate():
             sums.add(jax.device_get(program.eval_step(program.eval_params(state), program.place(batch))))
         values = sums.take("validation/")
-        writer.write(step, values)
         text = ", ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in values.items())
         progress.note(f"step {step}: validation {text}")
         return values
@@ -88,7 +87,8 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
 
     tokens = config.batch_size * objective.tokens_per_example
     flops = config.batch_size * objective.flops_per_example
-    late, clock, train_sums, last, bad = metrics.Late(), metrics.Clock(), metrics.Sums(), {}, None
+    late, clock, train_sums, bad = metrics.Late(), metrics.Clock(), metrics.Sums(), None
+    last = here = {}   # validation metrics: the last ones, and those of the present step, which its checkpoint keeps
     began, trace = time.monotonic(), metrics.profile(workdir / "profile", start + 10, profile_steps)
     with (metrics.Writer(workdir, start, tensorboard=config.log.tensorboard) as writer,
           checkpoint.Checkpoints(workdir, config.checkpoint) as checkpoints, stop_signals() as stop, trace as traced):
@@ -100,7 +100,7 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
             if step == start:
                 jax.block_until_ready(state.step)
                 progress.note(f"first step after {time.monotonic() - began:.1f} s")
-            before, step = late.push(step, values), step + 1
+            before, step, here = late.push(step, values), step + 1, {}
             bad = log(before) if before else None
             pending = [name for name, every in (("eval", config.eval.every), ("checkpoint", config.checkpoint.every))
                        if every and step % every == 0 or step == config.steps]
@@ -108,9 +108,10 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
                 bad = log(late.flush())
                 with clock.pause():
                     if bad is None and "eval" in pending:
-                        last = validate(state, step)
+                        last = here = validate(state, step)
+                        writer.write(step, here)
                     if bad is None and "checkpoint" in pending:
-                        checkpoints.save(step, state, last)
+                        checkpoints.save(step, state, here)
         before = late.flush()
         if before and bad is None:
             bad = log(before)
@@ -119,7 +120,7 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
             checkpoints.wait()
             raise UserError(_report_bad_step(workdir, bad, step - 1, values, data))
         if stop:
-            checkpoints.save(step, state, last)
+            checkpoints.save(step, state, here)
         progress.close()
         if start >= config.steps:
             last = validate(state, step)

@@ -111,6 +111,7 @@ def test_state_may_be_donated_as_soon_as_save_returns(tmp_path, asynchronous):
     wanted, target = bits(state), abstract(state)
     with checkpoint.Checkpoints(tmp_path, options(asynchronous=asynchronous)) as checkpoints:
         checkpoints.save(1, state)
+        assert asynchronous or checkpoint.steps(tmp_path) == [1]
         for _ in range(3):
             state = overwrite(state)
         jax.block_until_ready(state)
@@ -178,8 +179,11 @@ def test_any_changed_byte_is_found_and_its_file_named(tmp_path, monkeypatch):
             if name != "meta.json":
                 assert f"from byte {where // 1000 * 1000} on" in problem
         if "/" in name or name == "meta.json":
-            path.write_bytes(whole[:len(whole) // 2])
-            assert name in checkpoint.verify(tmp_path, 4)
+            for content in (whole[:len(whole) // 2], whole + b"\0"):
+                path.write_bytes(content)
+                problem = checkpoint.verify(tmp_path, 4)
+                assert name in problem if name == "meta.json" else (
+                    problem == f"{name} has {len(content)} bytes instead of {len(whole)}")
             path.unlink()
             assert f"{name} is missing" in checkpoint.verify(tmp_path, 4)
         path.write_bytes(whole)

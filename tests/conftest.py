@@ -1,8 +1,14 @@
-"""What every test needs before jax starts: the CPU, eight devices of it, and a compilation cache."""
+"""What every test needs before jax starts: the CPU, eight devices of it, and a compilation cache; and a small run."""
 
+import importlib
+import json
+import lzma
 import os
 import pathlib
+import subprocess
 import sys
+
+import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -22,3 +28,64 @@ def pytest_configure(config):
     # A deprecated call of ours is an error; libraries answer for theirs.
     config.addinivalue_line("filterwarnings", "error::DeprecationWarning:fm_jax")
     config.addinivalue_line("filterwarnings", "error::PendingDeprecationWarning:fm_jax")
+
+
+# --- What several files share: a small prepared folder, a short run, and the commands as processes. One of each for a
+# worker, made when first asked for; a test that changes a run copies it.
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Returns a prepared folder: 80 passages of the embedded Shakespeare as bytes, about a quarter of them held out."""
+    from fm_jax.data import documents, prepared
+
+    folder = tmp_path_factory.mktemp("data")
+    text = lzma.decompress((ROOT / "fm_jax" / "data" / "shakespeare.txt.xz").read_bytes()).decode()
+    passages = [text[i : i + 500] for i in range(0, 40_000, 500)]
+    (folder / "passages.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in passages))
+    prepared.prepare(documents.open_sources(str(folder / "passages.jsonl")), "bytes", folder / "prepared",
+                     validation_frac=0.25, workers=1)
+    return folder / "prepared"
+
+
+@pytest.fixture(scope="session")
+def tiny_flags(data):
+    """Returns the flags of a run of 12 steps on one device that saves at 4, 8 and 12."""
+    return [f"--config={ROOT / 'configs' / 'causal_lm.py'}:tiny", f"--config.data.train={data}",
+            "--config.model.max_seq_len=256", "--config.mesh.data=1", "--config.steps=12", "--config.log.every=1",
+            "--config.checkpoint.every=4", "--config.checkpoint.keep_last=3", "--config.eval.every=6",
+            "--config.eval.batches=2"]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, tiny_flags):
+    """Returns (folder, output) of that run, made by the command."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    result = _command("train", *tiny_flags, f"--workdir={folder}")
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+@pytest.fixture(scope="session")
+def command():
+    """Returns a function that runs `python -m fm_jax.NAME FLAGS` as a process."""
+    return _command
+
+
+def _command(name, *flags, cwd=None, **environment):
+    return subprocess.run([sys.executable, "-m", f"fm_jax.{name}", *map(str, flags)], capture_output=True, text=True,
+                          cwd=cwd, env={**os.environ, **environment}, timeout=300)
+
+
+@pytest.fixture
+def inline(capsys):
+    """Returns a function that runs a command line in this process, which saves its start: (exit code, out, err)."""
+    def run(name, *flags):
+        from fm_jax import config
+
+        module = importlib.import_module(f"fm_jax.{name}")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            config.run(module.main, module._flags, module.__doc__, [name, *map(str, flags)])
+        out, err = capsys.readouterr()
+        return exit_.value.code or 0, out, err
+    return run

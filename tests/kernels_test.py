@@ -1,4 +1,4 @@
-"""The kernels against naive NumPy float64 and against their JAX references, values and gradients; and what they never build.
+"""The kernels against naive NumPy and against their JAX references, values and gradients; and what they never build.
 
 The NumPy references are loops with rules asked for single pairs, and no gradients: a kernel's gradient is held
 to the central differences of the NumPy value along random directions, and in every element to what autodiff makes
@@ -208,7 +208,7 @@ def test_chunked_attention_equals_numpy_and_autodiff(name):
 
 @pytest.mark.parametrize("kernel", ["chunked", "reference"])
 def test_attention_gradients_equal_differences(kernel):
-    """Both kernels, on their own, against differences of the loops: autodiff of a wrong mask would agree with itself."""
+    """Both kernels, on their own, against differences of the loops: a mask wrong in both would agree."""
     q, k, v, mask, how = case(T=140, B=1, K=1, G=2, window=30, packed=True, prefix=True, softcap=1.5)
     dout, = normals(9, q.shape)
     _, grads = value_and_grads(kernel, q, k, v, mask, how, dout)
@@ -328,7 +328,8 @@ def test_cross_entropy_in_bfloat16_sums_in_float32():
     chunked = lambda x, t, y: kernels.cross_entropy(x, t, y, chunk_length=8)
     value, (dx, dtable) = jax.value_and_grad(loss(chunked), (0, 1))(low, table)
     low_table = np.asarray(jnp.asarray(table, jnp.bfloat16), np.float32)
-    want, wants = jax.value_and_grad(loss(kernels.cross_entropy_reference), (0, 1))(np.asarray(low, np.float32), low_table)
+    reference = jax.value_and_grad(loss(kernels.cross_entropy_reference), (0, 1))
+    want, wants = reference(np.asarray(low, np.float32), low_table)
     assert (value.dtype, dx.dtype, dtable.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(value, want, rtol=1e-5)   # products of bfloat16 are exact in float32
     for got, ref in zip((dx, dtable), wants):

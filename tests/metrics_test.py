@@ -111,6 +111,22 @@ def test_lines_are_strict_json_and_reach_the_disk_at_once(tmp_path):
     assert row["time_s"] > 1.7e9
 
 
+def test_a_full_disk_is_one_line(tmp_path):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with metrics.Writer(tmp_path, tensorboard=False) as writer:
+        writer.write(1, {"a": 1.0})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60, limits[1]))
+        try:
+            with pytest.raises(UserError, match="metrics.jsonl: step 2 cannot be written \\(File too large\\)"):
+                for _ in range(2):   # the first may fit in part
+                    writer.write(2, {"a": 1.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert metrics.read(tmp_path / "metrics.jsonl")[0]["a"] == 1.0
+
+
 def test_tensorboard_files_hold_every_value(tmp_path):
     from tensorboardX import record_writer
     from tensorboardX.proto import event_pb2
@@ -193,20 +209,23 @@ def test_mfu_is_the_share_of_the_peak():
     assert metrics.mfu(1e5, flops, 1, None) is None
 
 
-def test_peaks_agree_with_jax_and_a_cpu_has_none():
+@pytest.mark.parametrize("kind, version", [("TPU v4", "TPU_V4"), ("TPU v5e", "TPU_V5E"), ("TPU v5p", "TPU_V5P"),
+                                           ("TPU v6e", "TPU_V6E"), ("TPU7x", "TPU_7X")])
+def test_tpu_figures_agree_with_jax(kind, version):
+    from jax.experimental.pallas import tpu
+
+    theirs = tpu.get_tpu_info_for_chip(tpu.ChipVersion[version], 1)   # of one core
+    version = theirs.chip_version
+    cores = 1 if kind == "TPU7x" else version.num_physical_tensor_cores_per_chip   # a device has
+    ours = metrics.CHIPS[kind]
+    # Rounded differently (918 or 920 TFLOP/s); of v5p's memory, jax gives 2.46 TB/s and 103 GB, Google 2.765 and 95.
+    assert ours.bf16_flops == pytest.approx(theirs.bf16_ops_per_second * cores, rel=0.01)
+    assert ours.hbm_bytes_per_s == pytest.approx(theirs.mem_bw_bytes_per_second * cores, rel=0.15)
+    assert ours.hbm_bytes == pytest.approx(theirs.hbm_capacity_bytes * cores, rel=0.15)
+
+
+def test_a_cpu_has_no_peak():
     assert metrics.peak_flops(jax.devices("cpu")[0]) is None and metrics.chip(jax.devices("cpu")[0]) is None
-    tpu_info = pytest.importorskip("jax._src.pallas.mosaic.tpu_info", reason="moved in this jax")
-    compared = 0
-    for kind, ours in metrics.CHIPS.items():
-        version = tpu_info.chip_version_from_device_kind(kind) if kind.startswith("TPU") else None
-        if version is not None:
-            per_chip = {"TPU7x": 2}.get(kind, 1)   # devices
-            cores = version.num_physical_tensor_cores_per_chip
-            theirs = tpu_info._get_tpu_info_impl(version, 1)
-            # Rounded differently (918 or 920 TFLOP/s).
-            assert ours.bf16_flops * per_chip == pytest.approx(theirs.bf16_ops_per_second * cores, rel=0.01), kind
-            compared += 1
-    assert compared >= 6
 
 
 def test_flops_per_token_count_the_matmuls_of_the_step():
@@ -304,13 +323,14 @@ def test_a_terminal_gets_one_line_redrawn(columns, monkeypatch):
         progress.show(step, loss=2.5, tokens_per_s=51234.0, remaining_s=125.0)
     drawn = out.getvalue().split("\r\x1b[K")[1:]
     assert len(drawn) < 10, "redrawn more often than ten times a second"
+    progress.close()
     assert out.getvalue().count("\n") == 1 and drawn[-1].startswith("step 1000/1000 100%")
     if columns >= 60:
         assert all(len(line.rstrip("\n")) < columns for line in drawn)
 
 
 @pytest.mark.parametrize("value, text", [(0.5, "0.5"), (999.4, "999"), (999.9, "1k"), (51234, "51.2k"), (1e6, "1M"),
-                                         (1234567, "1.23M"), (9.99e13, "99.9T")])
+                                         (1234567, "1.23M"), (9.99e13, "99.9T"), (1.5e18, "1.5E")])
 def test_quantities(value, text):
     assert metrics.quantity(value) == text
 
@@ -333,7 +353,7 @@ def test_plot_draws_train_validation_and_baselines(tmp_path):
     image = pytest.importorskip("matplotlib.image")
     a, b = image.imread(plain), image.imread(lined)
     assert a.shape == b.shape == (600, 960, 4) and 0.01 < np.mean(a[..., :3].min(-1) < 0.9) < 0.3   # some ink
-    assert not np.array_equal(a, b)
+    assert (a != b).any(-1).mean(axis=1).max() > 0.3   # a line of dashes, all across
     with pytest.raises(UserError, match="no train/loss or validation/loss"):
         metrics.plot(path, plain)
 

@@ -1,6 +1,7 @@
 """Where arrays live: strict resolution of logical axes, meshes, the printed table, and states that start in shards."""
 
 import math
+import pathlib
 import re
 
 from flax import linen as nn
@@ -16,6 +17,8 @@ from fm_jax.errors import UserError
 from fm_jax.sharding import Boxed, Layout
 from fm_jax.step import Program
 
+TINY = f"{pathlib.Path(__file__).resolve().parent.parent / 'configs' / 'causal_lm.py'}:tiny"
+
 
 def layout(data=1, fsdp=1, tensor=1):
     return Layout(sharding.make_mesh(dict(data=data, fsdp=fsdp, tensor=tensor)))
@@ -30,7 +33,8 @@ def abstract_layout(**sizes):
 def test_specs_follow_the_rules():
     big = abstract_layout(data=2, fsdp=4, tensor=8)
     assert big.spec(("vocab", "embed")) == PartitionSpec("tensor", "fsdp")
-    assert big.spec(("layers", "embed", "kv_heads", "groups", "head")) == PartitionSpec(None, "fsdp", "tensor", None, None)
+    wq = big.spec(("layers", "embed", "kv_heads", "groups", "head"))
+    assert wq == PartitionSpec(None, "fsdp", "tensor", None, None)
     assert big.spec(("batch", "length", "embed"), activation=True) == PartitionSpec(("data", "fsdp"), None, None)
     assert big.spec((None, "mlp")) == PartitionSpec(None, "tensor")
     assert big.batch(3).spec == PartitionSpec(("data", "fsdp"), None, None) and big.batch_parts == 8
@@ -48,14 +52,15 @@ def test_a_misspelt_axis_names_parameter_and_nearest():
 def test_two_axes_on_one_mesh_axis_name_parameter_and_both():
     params = {"moe": {"w": jax.ShapeDtypeStruct((8, 8), "float32")}}
     axes = {"moe": {"w": ("mlp", "kv_heads")}}
-    with pytest.raises(UserError, match="moe.w: logical axes 'mlp' and 'kv_heads' both land on mesh axis 'tensor'.*RULES"):
+    with pytest.raises(UserError, match="moe.w: .* 'mlp' and 'kv_heads' both land on mesh axis 'tensor'.*RULES"):
         abstract_layout(tensor=2).parameters(params, axes)
 
 
 def test_an_indivisible_size_names_parameter_mesh_and_remedy():
     params = {"embed": {"tokens": jax.ShapeDtypeStruct((510, 64), "float32")}}
     axes = {"embed": {"tokens": ("vocab", "embed")}}
-    with pytest.raises(UserError, match="embed.tokens: axis 'vocab' of size 510 is not divisible by mesh.tensor=4.*multiple of 4"):
+    message = "embed.tokens: axis 'vocab' of size 510 is not divisible by mesh.tensor=4.*multiple of 4"
+    with pytest.raises(UserError, match=message):
         abstract_layout(tensor=4).parameters(params, axes)
     assert abstract_layout(fsdp=4).parameters(params, axes)["embed"]["tokens"].spec == PartitionSpec(None, "fsdp")
 
@@ -129,8 +134,7 @@ def test_table_shows_shards_and_bytes():
 # --- states in shards -----------------------------------------------------------------------------------------------
 
 def program(on, **changes):
-    c = config_lib.from_file("configs/causal_lm.py:tiny", changes)
-    c = config_lib.resolve(config_lib.override(c, {"optimizer.ema_decay": 0.9}))
+    c = config_lib.resolve(config_lib.from_file(TINY, {"optimizer.ema_decay": 0.9, **changes}))
     return Program(c, objectives.load(c, None, on), on)
 
 
@@ -158,12 +162,14 @@ def test_no_large_array_of_the_state_is_replicated(name):
 def test_initialisation_never_holds_a_whole_parameter():
     """The compiled initialisation of 8 fsdp devices has no array of a parameter's whole shape, and gives eighths."""
     p = program(layout(fsdp=8))
-    text = jax.jit(p._init, out_shardings=p.shardings).lower().compile().as_text()
+    level = {"xla_backend_optimization_level": 1}   # as in `init`: the same partitioned program, compiled sooner
+    text = jax.jit(p._init, out_shardings=p.shardings).lower().compile(level).as_text()
     axes = tree.flatten(p.axes, is_leaf=sharding.is_axes)
+    written = lambda shape: f"[{','.join(map(str, shape))}]"
     for n, a in tree.flatten(p.abstract.params).items():
         if "embed" in axes[n]:
-            assert f"[{','.join(map(str, a.shape))}]" not in text, n
-            assert f"[{','.join(map(str, a.sharding.shard_shape(a.shape)))}]" in text, n   # so the text has shapes so written
+            assert written(a.shape) not in text, n
+            assert written(a.sharding.shard_shape(a.shape)) in text, n
     state = p.init()
     held = np.array([sum(math.prod(a.addressable_shards[i].data.shape) * a.dtype.itemsize
                          for a in jax.tree.leaves(state)) for i in range(8)])

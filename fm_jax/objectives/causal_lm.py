@@ -62,6 +62,9 @@ class CausalLM:
             raise UserError(f"config.seq_len={self.seq_len} exceeds model.max_seq_len={self.arch.max_seq_len}")
         if not self.arch.causal:
             raise UserError("model.causal=False: the causal language model would see its targets")
+        for name, rate in (("fim_rate", fim_rate), ("fim_spm_rate", fim_spm_rate)):
+            if not 0 <= rate <= 1:
+                raise UserError(f"config.objective_args.{name}={rate} is a share of documents: between 0 and 1")
         self.z_loss, self.fim_rate, self.fim_spm_rate = z_loss, fim_rate, fim_spm_rate
         self.tokenizer = tokenizer
         if fim_rate and tokenizer is not None and tokenizer.fim_ids is None:
@@ -95,6 +98,13 @@ class CausalLM:
         if self.fim_rate:
             tokens = np.stack([self._fill_in_the_middle(t, s, np.random.default_rng(seed))
                                for t, s, seed in zip(tokens, segments, seeds)])
+        return self._batch(tokens, segments)
+
+    def random_batch(self, n, rng):
+        tokens = rng.integers(0, self.arch.vocab_size, (n, self.seq_len + 1), dtype=np.int32)
+        return self._batch(tokens, np.ones_like(tokens))   # no middle to fill in, and perhaps no tokenizer for it
+
+    def _batch(self, tokens, segments):
         inputs = segments[:, :-1]
         fresh = np.ones(inputs.shape, bool)
         np.not_equal(inputs[:, 1:], inputs[:, :-1], out=fresh[:, 1:])
@@ -103,10 +113,6 @@ class CausalLM:
         weights = ((inputs == segments[:, 1:]) & (inputs > 0)).astype(np.float32)
         return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions.reshape(inputs.shape),
                 "segment_ids": inputs, "weights": weights}
-
-    def random_batch(self, n, rng):
-        tokens = rng.integers(0, self.arch.vocab_size, (n, self.seq_len + 1), dtype=np.int32)
-        return self.examples({"tokens": tokens, "segment_ids": np.ones_like(tokens)}, np.arange(n, dtype=np.uint64))
 
     def init(self, key):
         tokens = jnp.zeros((1, 1), jnp.int32)

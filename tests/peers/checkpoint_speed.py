@@ -124,7 +124,8 @@ def main():
             worker.wait()
     for name, rounds in times.items():
         seconds = {k: [r[k] for r in rounds] for k in rounds[0]}
-        print(f"{name}: " + ", ".join(f"{k} {statistics.median(v):.3f} s (best {min(v):.3f})" for k, v in seconds.items()))
+        show = lambda v: f"{statistics.median(v):.3f} s (best {min(v):.3f})"
+        print(f"{name}: " + ", ".join(f"{k} {show(v)}" for k, v in seconds.items()))
     for save in ("save", "save and fsync"):
         ratios = sorted((t[save] + t["restore"]) / (o["save"] + o["restore"]) for o, t in zip(*times.values()))
         print(f"save + restore, torch ({save}) / ours: median {statistics.median(ratios):.2f} "

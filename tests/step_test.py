@@ -1,0 +1,232 @@
+"""One step of training: the same on every mesh and in every number of microbatches, and harmless where it must be."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fm_jax import config as config_lib
+from fm_jax import objectives, sharding, tree
+from fm_jax.errors import UserError
+from fm_jax.step import Program
+
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+BATCH, LENGTH = 8, 12
+# Together they use every row of sharding.RULES: kv_heads, groups, head, mlp, vocab, embed, norm, layers, position.
+MODELS = {
+    "scanned": dict(num_kv_heads=4, qk_norm="head", tie_embeddings=False, layer_pattern=("local", "global"), window=5,
+                    scan_layers=True, remat="full"),
+    "unrolled": dict(num_kv_heads=4, norm="layernorm", norm_bias=True, qkv_bias=True, attention_out_bias=True,
+                     mlp_bias=True, position="learned", gated_mlp=False, activation="gelu", scan_layers=False,
+                     attention_kernel="chunked", dropout=0.1, logit_softcap=3.0),
+}
+
+
+def make(mesh=(1, 1, 1), model="scanned", **changes):
+    """Returns the Program of a tiny model with adamw.
+
+    Adam divides a gradient by its own size, which would blow up rounding in small ones. With eps = 1 an update is
+    nearly linear in the gradient, so that parameters differ after some steps just as the gradients did.
+    """
+    c = config_lib.defaults()
+    c.model.update(vocab_size=64, num_layers=2, embed_dim=16, num_heads=8, head_dim=4, mlp_dim=32, max_seq_len=16,
+                   loss_chunk_tokens=20, **MODELS[model])
+    c.batch_size, c.seq_len, c.steps = BATCH, LENGTH, 10
+    c.optimizer.update(learning_rate=1.0, schedule="constant", warmup_steps=0, eps=1.0, clip_norm=0.0)
+    c.objective_args.z_loss = 0.01
+    c = config_lib.resolve(config_lib.override(c, changes))
+    layout = sharding.Layout(sharding.make_mesh(dict(zip(sharding.MESH_AXES, mesh))))
+    return Program(c, objectives.load(c, None, layout), layout)
+
+
+def batches(program, n):
+    """Returns n packed batches whose rows hold one to four documents, and padding: very unequal weights."""
+    rng, made = np.random.default_rng(2), []
+    for _ in range(n):
+        tokens = rng.integers(0, 64, (BATCH, LENGTH + 1), dtype=np.int32)
+        segments = np.sort(rng.integers(1, 4, (BATCH, LENGTH + 1), dtype=np.int32), axis=1)
+        for row, length in enumerate(rng.integers(2, LENGTH + 2, BATCH)):
+            segments[row, length:] = 0
+        made.append(program.objective.examples({"tokens": tokens, "segment_ids": segments},
+                                               np.arange(BATCH, dtype=np.uint64)))
+    return made
+
+
+def host(tree_):
+    """Returns {name: NumPy copy}: the next step may reuse the device's memory."""
+    return {n: np.array(a) for n, a in tree.flatten(tree_).items()}
+
+
+def run(program, data, state=None):
+    """Returns (losses, gradient norms, initial and final parameters, final state) of a step on each batch."""
+    state = program.init() if state is None else state
+    start, losses, norms = host(state.params), [], []
+    for step, batch in enumerate(data):
+        state, metrics = program.train_step(state, program.place(batch), step)
+        losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+        norms.append(float(metrics["grad_norm"][0]))
+    return losses, norms, start, host(state.params), state
+
+
+def assert_same_run(got, want):
+    """Float32 sums in another order: errors seen are below 1e-6 in losses and 1e-5 of a parameter's total change."""
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-4)
+    for n in want[3]:
+        moved = np.abs(want[3][n] - want[2][n]).max()
+        assert moved > 0, f"{n} was not trained"
+        np.testing.assert_allclose(got[3][n], want[3][n], rtol=0, atol=1e-4 * moved + 1e-6, err_msg=n)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Returns {model: its run of three steps on one device}."""
+    made = {}
+    for model in MODELS:
+        program = make(model=model)
+        made[model] = run(program, batches(program, 3))
+    return made
+
+
+# --- the same everywhere --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_mesh_trains_the_same(model, mesh, one_device):
+    program = make(mesh, model)
+    want, got = one_device[model], run(program, batches(program, 3))
+    for n in want[2]:   # random bits are drawn by position, whatever the mesh
+        np.testing.assert_array_equal(got[2][n], want[2][n], err_msg=n)
+    assert_same_run(got, want)
+
+
+def test_the_models_use_every_rule():
+    axes = {a for model in MODELS for t in jax.tree.leaves(make(model=model).axes, is_leaf=sharding.is_axes) for a in t}
+    assert axes | {"batch", "length"} == set(sharding.RULES)
+
+
+@pytest.mark.parametrize("mesh, n", [((1, 1, 1), 2), ((1, 1, 1), 4), ((2, 2, 2), 2)], ids=str)
+def test_accumulation_equals_the_large_batch(mesh, n, one_device):
+    program = make(mesh, accumulation_steps=n)
+    data = batches(program, 3)
+    weights = data[1]["weights"].reshape(-1, n, LENGTH).sum((0, 2))
+    assert weights.max() > 1.05 * weights.min()   # so that a mean of the microbatches' means would be another number
+    assert_same_run(run(program, data), one_device["scanned"])
+
+
+def test_a_step_is_a_function_of_its_inputs(one_device):
+    program = make(model="unrolled")   # with dropout
+    again = run(program, batches(program, 3))
+    assert again[0] == one_device["unrolled"][0]
+    for n, a in again[3].items():
+        np.testing.assert_array_equal(a, one_device["unrolled"][3][n])
+
+
+def test_bfloat16_computes_over_float32_state(one_device):
+    program = make(**{"model.dtype": "bfloat16"})
+    losses, _, start, end, state = run(program, batches(program, 3))
+    assert {a.dtype for a in jax.tree.leaves(state)} <= {jnp.dtype("float32"), jnp.dtype("int32")}
+    want = one_device["scanned"]
+    for n in start:
+        np.testing.assert_array_equal(start[n], want[2][n])
+    np.testing.assert_allclose(losses, want[0], rtol=5e-3)   # 8 bits
+    assert losses != want[0]
+
+
+def test_evaluation_sums_add_up_to_the_loss(one_device):
+    program = make()
+    data, state = batches(program, 1)[0], program.init()
+    whole = program.eval_step(program.eval_params(state), program.place(data))
+    np.testing.assert_allclose(whole["loss"][0] / whole["loss"][1], one_device["scanned"][0][0], rtol=1e-5)
+    halves = []
+    for rows in (slice(0, 3), slice(3, BATCH)):   # the rest of each is padding of weight 0
+        part = {k: v.copy() for k, v in data.items()}
+        part["weights"][[i for i in range(BATCH) if i not in range(BATCH)[rows]]] = 0
+        halves.append(program.eval_step(state.params, program.place(part)))
+    for name in whole:
+        np.testing.assert_allclose([a + b for a, b in zip(halves[0][name], halves[1][name])], whole[name], rtol=1e-5)
+    part["weights"][:] = 0
+    empty = program.eval_step(state.params, program.place(part))
+    assert float(empty["loss"][0]) == 0 and float(empty["loss"][1]) > 0
+
+
+# --- health ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def watched():
+    """Returns a Program with an average of the parameters that skips outliers from its third step on."""
+    return make(**{"optimizer.ema_decay": 0.6, "optimizer.learning_rate": 0.01,
+                   "health.skip_grad_norm_factor": 2.0, "health.skip_grad_norm_warmup_steps": 2})
+
+
+@pytest.mark.parametrize("where", ["batch", "parameter"])
+def test_a_step_that_is_not_finite_changes_nothing_nor_do_the_next(watched, where):
+    good, after = batches(watched, 2)
+    state, _ = watched.train_step(watched.init(), watched.place(good), 0)
+    bad = {**after, "weights": np.full_like(after["weights"], np.nan)} if where == "batch" else after
+    if where == "parameter":
+        broken = state.params["embed"]["tokens"].at[3, 5].set(jnp.inf)
+        state = state.replace(params={**state.params, "embed": {**state.params["embed"], "tokens": broken}})
+    before = host(state)
+    state, metrics = watched.train_step(state, watched.place(bad), 1)
+    assert float(metrics["finite"][0]) == 0 and not np.isfinite(metrics["loss"][0])
+    # The host looks a step late and has already asked for steps 2 and 3, of good batches.
+    for step in (2, 3):
+        state, _ = watched.train_step(state, watched.place(good), step)
+    for n, a in host(state).items():
+        np.testing.assert_array_equal(a, before[n], err_msg=n)
+    if where == "batch":
+        state, metrics = watched.train_step(state, watched.place(after), 1)
+        assert float(metrics["finite"][0]) == 1 and int(state.step) == 2
+        straight = watched.init()
+        for step, batch in enumerate((good, after)):
+            straight, _ = watched.train_step(straight, watched.place(batch), step)
+        for n, a in host(straight).items():   # as if the bad step had never been
+            np.testing.assert_array_equal(host(state)[n], a, err_msg=n)
+
+
+def test_an_outlier_is_skipped_and_counted(watched):
+    data, state, skipped = batches(watched, 5), watched.init(), []
+    # The gradient of two tokens alone is several times the mean's over all.
+    data[3]["weights"][:] = 0
+    data[3]["weights"][0, :2], data[3]["segment_ids"][0, :3] = 1, 1
+    for step, batch in enumerate(data):
+        before = host(state.params)
+        state, metrics = watched.train_step(state, watched.place(batch), step)
+        skipped.append(int(metrics["skipped_steps"][0]))
+        moved = any((a != before[n]).any() for n, a in host(state.params).items())
+        assert moved == (step != 3) and int(state.step) == step + 1   # a skipped step counts as done
+    assert skipped == [0, 0, 0, 1, 1]
+
+
+def test_the_average_of_parameters_equals_numpy(watched):
+    state = watched.init()
+    want = {n: a.astype(np.float64) for n, a in host(state.params).items()}
+    for step, batch in enumerate(batches(watched, 5)[:4]):
+        state, _ = watched.train_step(state, watched.place(batch), step)
+        d = min(0.6, (1 + step) / (10 + step))
+        want = {n: d * want[n] + (1 - d) * a for n, a in host(state.params).items()}
+    for n, a in host(state.ema).items():
+        np.testing.assert_allclose(a, want[n], rtol=1e-5, atol=1e-7, err_msg=n)   # float32
+    assert watched.eval_params(state) is state.ema
+
+
+# --- what does not fit ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mesh, changes, message", [
+    ((2, 4, 1), dict(batch_size=12), "batch_size=12 .*data x fsdp = 8; take a multiple of 8"),
+    ((2, 2, 1), dict(accumulation_steps=4), "4 microbatches of 2 is not divisible.*multiple of 16"),
+    ((1, 1, 8), {}, "'kv_heads' of size 4 is not divisible by mesh.tensor=8"),
+])
+def test_what_the_mesh_does_not_divide_is_refused(mesh, changes, message):
+    with pytest.raises(UserError, match=message):
+        make(mesh, **changes)
+
+
+@pytest.mark.parametrize("change", [
+    lambda b: {**b, "tokens": b["tokens"].astype(np.int64)}, lambda b: {**b, "weights": b["weights"][:4]},
+    lambda b: {**b, "mask": b["weights"]}, lambda b: {k: v for k, v in b.items() if k != "targets"},
+], ids=["dtype", "rows", "extra", "missing"])
+def test_a_batch_other_than_the_spec_is_refused(watched, change):
+    with pytest.raises(UserError, match="batch_spec says"):
+        watched.place(change(batches(watched, 1)[0]))

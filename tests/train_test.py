@@ -1,0 +1,364 @@
+"""A run from its command line to its last checkpoint: written whole, continued exactly, stopped cleanly."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from fm_jax import checkpoint, config as config_lib, metrics, objectives, sharding, tree
+from fm_jax import train as train_lib
+from fm_jax.data import batches
+from fm_jax.data.mixture import hash_ints
+from fm_jax.errors import UserError
+from fm_jax.step import Program
+
+# Runs the command, and sends itself a signal when the progress of a step is shown: a real signal at a known moment.
+SIGNALLED = """
+import os, runpy, signal, sys
+from fm_jax import metrics
+name, at = sys.argv[1], int(sys.argv[2])
+del sys.argv[1:3]
+show = metrics.Progress.show
+def show_then_signal(self, step, **values):
+    show(self, step, **values)
+    if step == at:
+        os.kill(os.getpid(), getattr(signal, name))
+metrics.Progress.show = show_then_signal
+runpy.run_module("fm_jax.train", run_name="__main__", alter_sys=True)
+"""
+# An objective whose examples 40 to 47, batch 5 of 8, have a weight that is not a number.
+POISONED = """
+import numpy as np
+from fm_jax.data.mixture import hash_ints
+from fm_jax.objectives.causal_lm import CausalLM
+class Poisoned(CausalLM):
+    def examples(self, records, seeds):
+        made = super().examples(records, seeds)
+        made["weights"][np.isin(seeds, hash_ints(0, np.arange(40, 48)))] = np.nan
+        return made
+"""
+
+
+def signalled(name, at, *flags):
+    return subprocess.run([sys.executable, "-c", SIGNALLED, name, str(at), *flags], capture_output=True, text=True,
+                          timeout=300)
+
+
+def short_config(tiny_flags, **changes):
+    """Returns the config of the shared run with changes (a__b for the key a.b), as the command would make it."""
+    flags = dict(f.removeprefix("--config").split("=", 1) for f in tiny_flags)
+    overrides = {k[1:]: v for k, v in flags.items() if k}
+    return config_lib.from_file(flags[""], overrides | {k.replace("__", "."): v for k, v in changes.items()})
+
+
+def state_of(folder, step):
+    """Returns {name: bytes} of every array of a checkpoint: step, parameters, optimizer, average."""
+    config, _ = config_lib.load(folder / "config.json")
+    layout = sharding.Layout(sharding.make_mesh({"data": 1}))
+    program = Program(config, objectives.load(config, None, layout), layout)
+    state = checkpoint.restore(folder, step, program.abstract)
+    return {n: np.asarray(a).tobytes() for n, a in tree.flatten(state).items()}
+
+
+def rows(folder, kind=""):
+    """Returns the lines of metrics.jsonl that have `kind` metrics, without what the clock says."""
+    timed = ("time_s", "tokens_per_s", "step_time_s", "mfu")
+    found = [{k: v for k, v in r.items() if k not in timed} for r in metrics.read(folder / "metrics.jsonl")]
+    return [r for r in found if any(k.startswith(kind) for k in r)]
+
+
+# --- A whole run ----------------------------------------------------------------------------------------------------
+
+def test_a_run_describes_itself_and_learns(tiny_run, data):
+    folder, out = tiny_run
+    assert checkpoint.steps(folder) == [4, 8, 12]
+    assert {p.name for p in folder.iterdir()} == {"config.json", "run.json", "tokenizer", "metrics.jsonl", "tensorboard",
+                                                  "checkpoints"}
+    config, filled = config_lib.load(folder / "config.json")
+    assert not filled and config.steps == 12 and config.model.head_dim == 8   # resolved
+    assert config.optimizer.warmup_steps == 1
+    run = json.loads((folder / "run.json").read_text())
+    assert run["data"] == batches.fingerprints(config) and run["starts"][0]["jax"] == jax.__version__
+    assert (folder / "tokenizer" / "bytes.json").is_file() and list((folder / "tensorboard").iterdir())
+    train, validation = rows(folder, "train/"), rows(folder, "validation/")
+    assert [r["step"] for r in train] == list(range(1, 13)) and [r["step"] for r in validation] == [6, 12]
+    # Knowing nothing is ln 512 nats a token; twelve steps must have left that by far more than a batch's noise.
+    assert abs(train[0]["train/loss"] - math.log(512)) < 0.3 and train[-1]["train/loss"] < train[0]["train/loss"] - 0.1
+    assert validation[1]["validation/loss"] < validation[0]["validation/loss"]
+    for text in ("37,024 parameters", "fresh start, seed 0", "step 12/12 | loss", "step 12: validation", "tokens/s"):
+        assert text in out
+
+
+def test_a_run_stopped_in_every_way_ends_as_one_that_was_not(tiny_run, tiny_flags, tmp_path, command):
+    flags = [*tiny_flags, f"--workdir={tmp_path / 'run'}"]
+    # The signal comes when the values of a step are shown: one step late, or at once where a validation waits for them.
+    result = signalled("SIGTERM", 2, *flags)
+    assert result.returncode == 0, result.stderr
+    assert "stopped by SIGTERM after step 3, which is saved; the same command continues from there" in result.stdout
+    assert checkpoint.steps(tmp_path / "run") == [3]
+    result = signalled("SIGINT", 6, *flags)
+    assert result.returncode == 130 and result.stderr == "interrupted\n"
+    assert "continuing" in result.stdout and "from step 3" in result.stdout
+    assert "stopped by SIGINT after step 6, which is saved" in result.stdout
+    result = signalled("SIGKILL", 9, *flags)
+    assert result.returncode == -signal.SIGKILL and "step 9/12" in result.stdout
+    result = command("train", *flags)
+    assert result.returncode == 0, result.stderr
+    # Nothing may differ, not in the last bit: the same program, on the same devices, on the same batches.
+    straight, _ = tiny_run
+    assert state_of(tmp_path / "run", 12) == state_of(straight, 12)
+    assert rows(tmp_path / "run") == rows(straight)
+
+
+def test_a_finished_run_says_so_and_more_steps_continue_it(tiny_run, tiny_flags, tmp_path, command):
+    run = shutil.copytree(tiny_run[0], tmp_path / "run")
+    before = (run / "metrics.jsonl").read_bytes()
+    result = command("train", *tiny_flags, f"--workdir={run}")
+    assert result.returncode == 0 and "all 12 steps are done; a longer run: --config.steps=N" in result.stdout
+    assert (run / "metrics.jsonl").read_bytes() == before and checkpoint.steps(run) == [4, 8, 12]
+    # What may change on the way: length, saving, microbatches.
+    result = command("train", *tiny_flags, f"--workdir={run}", "--config.steps=14", "--config.accumulation_steps=2")
+    assert result.returncode == 0 and "from step 12" in result.stdout, result.stderr
+    assert checkpoint.steps(run) == [8, 12, 14] and [r["step"] for r in rows(run, "train/")] == list(range(1, 15))
+
+
+def test_the_seed_decides_everything(tiny_run, tiny_flags, tmp_path):
+    train_lib.train(short_config(tiny_flags), tmp_path / "same")   # in this process; the shared run had its own
+    assert state_of(tmp_path / "same", 12) == state_of(tiny_run[0], 12)
+    assert rows(tmp_path / "same") == rows(tiny_run[0])
+    train_lib.train(short_config(tiny_flags, seed=1), tmp_path / "other")
+    ours, theirs = rows(tmp_path / "other", "train/"), rows(tiny_run[0], "train/")
+    assert all(a["train/loss"] != b["train/loss"] for a, b in zip(ours, theirs))
+
+
+def test_a_run_continues_on_another_mesh(tiny_run, tiny_flags, tmp_path):
+    run = shutil.copytree(tiny_run[0], tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "12")
+    last = train_lib.train(short_config(tiny_flags, mesh__data=2, mesh__fsdp=2, mesh__tensor=2), run)
+    got, want = rows(run), rows(tiny_run[0])
+    assert [r["step"] for r in got] == [r["step"] for r in want] and rows(run)[:8] == want[:8]
+    # Sums over devices in another order: 1e-6 a step seen, grown by Adam over four steps; a lost or doubled shard of a
+    # gradient shows in the second digit of its norm.
+    for a, b in zip(got, want):
+        for name in b:
+            assert a[name] == pytest.approx(b[name], rel=1e-4), (name, a["step"])
+    assert last["validation/loss"] == rows(run)[-1]["validation/loss"]
+
+
+@pytest.mark.parametrize("changes", [
+    dict(optimizer__name="muon", optimizer__ema_decay=0.5), dict(optimizer__name="lion", optimizer__learning_rate=3e-4),
+    dict(optimizer__name="adafactor", health__skip_grad_norm_factor=10.0)], ids=lambda c: c["optimizer__name"])
+def test_every_optimizer_learns_and_its_state_comes_back(changes, tiny_flags, tmp_path):
+    config = short_config(tiny_flags, steps=6, eval__every=6, **changes)
+    last = train_lib.train(config, tmp_path, profile_steps=0)
+    losses = [r["train/loss"] for r in rows(tmp_path, "train/")]
+    assert losses[-1] < losses[0] - 0.02 and last["validation/loss"] < losses[0]
+    names = list(state_of(tmp_path, 6))
+    assert any(n.startswith("ema.") for n in names) == ("optimizer__ema_decay" in changes)
+    if "health__skip_grad_norm_factor" in changes:
+        assert {r["train/skipped_steps"] for r in rows(tmp_path, "train/")} == {0.0}
+    again = train_lib.train(config, tmp_path)   # restores, and only validates
+    assert again == last
+
+
+def test_validation_uses_the_average_of_the_parameters(tiny_run, tiny_flags, tmp_path):
+    """With a decay so near 1 the average stays at its first value while the parameters move."""
+    train_lib.train(short_config(tiny_flags, optimizer__ema_decay=0.9), tmp_path)
+    assert rows(tmp_path, "train/") == rows(tiny_run[0], "train/")   # an average is kept, not trained on
+    ours, theirs = rows(tmp_path, "validation/")[-1], rows(tiny_run[0], "validation/")[-1]
+    assert ours["validation/loss"] > theirs["validation/loss"]       # it lags behind while the loss falls
+
+
+def test_profile_writes_a_trace(tiny_run, tiny_flags, tmp_path, command):
+    run = shutil.copytree(tiny_run[0], tmp_path / "run")
+    for step in (4, 8, 12):
+        shutil.rmtree(run / "checkpoints" / str(step))
+    result = command("train", *tiny_flags, f"--workdir={run}", "--profile=1", "--config.eval.every=0")
+    assert result.returncode == 0, result.stderr
+    assert list((run / "profile").rglob("*.xplane.pb"))
+
+
+def test_the_best_checkpoint_is_one_that_was_validated(tiny_run, tiny_flags, tmp_path):
+    """A checkpoint between validations must not be judged by an older one."""
+    config = short_config(tiny_flags, checkpoint__every=3, checkpoint__keep_last=4)
+    run = shutil.copytree(tiny_run[0], tmp_path / "run")
+    for step in (4, 8, 12):
+        shutil.rmtree(run / "checkpoints" / str(step))
+    train_lib.train(config, run)
+    kept = {s: json.loads((run / "checkpoints" / str(s) / "meta.json").read_text())["metrics"] for s in (3, 6, 9, 12)}
+    assert [bool(m) for m in kept.values()] == [False, True, False, True]
+    assert kept[6] == {k: v for k, v in rows(run, "validation/")[0].items() if k != "step"}
+
+
+# --- Run health -----------------------------------------------------------------------------------------------------
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_is_needed(tiny_flags, tmp_path, command):
+    (tmp_path / "poisoned.py").write_text(POISONED)
+    run = tmp_path / "run"
+    flags = [*tiny_flags, f"--workdir={run}", "--config.objective=poisoned.Poisoned"]
+    path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
+    for _ in range(2):   # the second time from the state that the first one saved
+        result = command("train", *flags, PYTHONPATH=path)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+        assert "not finite in step 5 (steps 5 to " in result.stderr
+        assert "batch 5, examples 40 to 47" in result.stderr and f"the batch in {run / 'not_finite_5'}" in result.stderr
+        assert checkpoint.steps(run) == [4, 5]
+    assert "from step 5" in result.stdout
+    params = tree.flatten(checkpoint.restore_params(run, 5))
+    assert all(np.isfinite(p).all() for p in params.values())
+    old = tree.flatten(checkpoint.restore_params(run, 4))
+    assert any((params[n] != old[n]).any() for n in old)   # the state before the bad step, not an older one
+    report = json.loads((run / "not_finite_5" / "report.json").read_text())
+    assert report["step"] == 5 and report["examples"] == list(range(40, 48))
+    batch = np.load(run / "not_finite_5" / "batch.npz")
+    assert np.isnan(batch["weights"]).all() and batch["tokens"].shape == (8, 64)
+    with pytest.raises(UserError, match="continue from|other settings"):   # and the folder remembers its objective
+        train_lib.train(short_config(tiny_flags), run)
+
+
+def test_a_learning_rate_that_explodes_is_named(tiny_flags, tmp_path):
+    config = short_config(tiny_flags, optimizer__learning_rate=1e30, optimizer__clip_norm=0.0)
+    with pytest.raises(UserError, match=r"not finite in step \d+ .*lower --config.optimizer.learning_rate"):
+        train_lib.train(config, tmp_path)
+
+
+# --- Validation -----------------------------------------------------------------------------------------------------
+
+def held_out_sums(config):
+    """Returns (metrics by the loop's own parts, objective, parameters) of the held-out split at random parameters."""
+    config = config_lib.resolve(config)
+    layout = sharding.Layout(sharding.make_mesh({"data": 1}))
+    objective = objectives.load(config, batches.load_tokenizer(config), layout)
+    program, sums = Program(config, objective, layout), metrics.Sums()
+    params = jax.tree.map(lambda p: 3 * p, program.init().params)   # larger: documents differ in their losses
+    for batch in batches.open_batches(config, objective, split="validation").iterate():
+        sums.add(jax.device_get(program.eval_step(params, program.place(batch))))
+    return sums.take(), objective, params
+
+
+def test_validation_does_not_depend_on_the_batch_size_and_equals_direct_computation(tiny_flags, data):
+    """Every document's piece of a row, alone through the whole model, against packed and padded batches."""
+    config = short_config(tiny_flags, eval__batches=0)
+    got, objective, params = held_out_sums(config)
+    other, *_ = held_out_sums(short_config(tiny_flags, eval__batches=0, batch_size=7))
+    for name in got:   # float32 sums in another order
+        assert other[name] == pytest.approx(got[name], rel=1e-5), name
+    source = batches.Rows(data, "validation", config.seq_len)
+    nats, tokens, nbytes = 0.0, 0, 0
+    logits_of = jax.jit(objective.predict["logits"])
+    for row, segments in zip(*source[np.arange(len(source))].values()):
+        for segment in range(1, segments.max() + 1):
+            ids = row[segments == segment]
+            if len(ids) < 2:
+                continue
+            padded = np.zeros((1, config.seq_len), np.int32)
+            padded[0, : len(ids) - 1] = ids[:-1]
+            logits = np.asarray(logits_of(params, padded), np.float64)[0, : len(ids) - 1]
+            nll = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+            nats += (nll - logits[np.arange(len(ids) - 1), ids[1:]]).sum()
+            tokens, nbytes = tokens + len(ids) - 1, nbytes + (ids[1:] < 256).sum()
+    assert nbytes > 0.9 * source.bytes   # nearly every byte was a target, so the test has seen the split
+    assert got["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert got["bits_per_byte"] == pytest.approx(nats / nbytes / math.log(2), rel=1e-5)
+    assert got["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+
+
+# --- What cannot start ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, message", [
+    (["--config.model.vocab_size=200"], "the tokenizer's vocabulary of 262 is larger than the model's: set "
+     "--config.model.vocab_size=262 (now 200) or more"),
+    (["--config.mesh.data=4", "--config.batch_size=6"], "config.batch_size=6 in 1 microbatches of 6 is not divisible by "
+     "the mesh's data x fsdp = 4; take a multiple of 4"),
+    (["--config.mesh.data=16"], "mesh data=16 x fsdp=1 x tensor=1 needs 16 devices, this machine (cpu) has 8; change "
+     "--config.mesh"),
+    (["--config.mesh.tensor=8", "--config.model.num_heads=4"], "not divisible by mesh.tensor=8"),
+    (["--config.batch_size=4096"], "fewer than one batch of 4096: prepare more text, or set a smaller "
+     "--config.batch_size or --config.seq_len"),
+    (["--config.data.train={data}x"], "no prepared data at"),
+    (["--config.data.train={data}x"], "prepared"),   # the nearest name
+    (["--config.seq_len=512"], "config.seq_len=512 exceeds config.model.max_seq_len=256"),
+    (["--config.objective=fm_jax.objectives.causal_lm.CausalML"], "did you mean 'CausalLM'?"),
+    (["--config.objective=fm_jax.objectives.casual_lm.CausalLM"], "no module 'fm_jax.objectives.casual_lm'"),
+    (["--config.objective_args.zloss=1.0"], "did you mean 'z_loss'?"),
+    (["--config.optimizer.learnign_rate=1"], "did you mean 'optimizer.learning_rate'?"),
+    (["--config.optimizer.name=adam"], "config.optimizer.name: unknown 'adam'; did you mean 'adamw'?"),
+    (["--config.checkpoint.init_from=nowhere"], "nowhere: no checkpoints here (no such folder)"),
+    (["--workdri=x"], "unknown flag --workdri; did you mean --workdir?"),
+    (["--learning_rate=1"], "did you mean --config.optimizer.learning_rate?"),
+    (["--config={config}:tinny"], "unknown 'tinny'; did you mean 'tiny'?"),
+    (["--config={configs}/causal_ml.py"], "did you mean"),
+])
+def test_what_cannot_start_is_one_line_and_writes_nothing(flags, message, inline, tiny_flags, data, tmp_path):
+    config = tiny_flags[0].removeprefix("--config=").removesuffix(":tiny")
+    flags = [f.format(data=data, config=config, configs=os.path.dirname(config)) for f in flags]
+    code, _, err = inline("train", *tiny_flags, f"--workdir={tmp_path / 'run'}", *flags)
+    assert code == 2 and err.count("\n") == 1 and err.startswith("error: ") and message in err, err
+    assert not list(tmp_path.rglob("*/metrics.jsonl")) and not checkpoint.steps(tmp_path / "run")
+
+
+def test_the_real_command_prints_one_line_without_a_traceback(command, tiny_flags, tmp_path):
+    result = command("train", *tiny_flags, f"--workdir={tmp_path / 'run'}", "--config.data.train=nowhere")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("error: no prepared data at 'nowhere'")
+
+
+def test_a_workdir_that_cannot_be_written_is_one_line(inline, tiny_flags, tmp_path):
+    (tmp_path / "file").write_text("")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run", "/proc/fm_jax"):
+        code, _, err = inline("train", *tiny_flags, f"--workdir={workdir}")
+        assert code == 2 and f"--workdir={workdir}: cannot be used (" in err and err.count("\n") == 1, err
+
+
+def test_a_workdir_of_another_model_is_refused_and_kept(inline, tiny_run, tiny_flags, tmp_path):
+    run = shutil.copytree(tiny_run[0], tmp_path / "run")
+    files = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    code, _, err = inline("train", *tiny_flags, f"--workdir={run}", "--config.model.mlp_dim=128", "--config.seed=3")
+    assert code == 2 and "model.mlp_dim: 64 -> 128; seed: 0 -> 3" in err and "another --workdir" in err
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == files
+    # Another run's parameters do not fit: which of them, and ten at most.
+    code, _, err = inline("train", *tiny_flags, f"--workdir={tmp_path / 'new'}", f"--config.checkpoint.init_from={run}",
+                          "--config.model.mlp_dim=128")
+    assert code == 2 and "mlp" in err and "wanted float32[" in err and "found float32[" in err, err
+
+
+def test_a_config_of_an_older_run(inline, tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run[0], tmp_path / "run")
+    stored = json.loads((run / "config.json").read_text())
+    del stored["optimizer"]["muon_learning_rate"]
+    (run / "config.json").write_text(json.dumps(stored))
+    code, out, err = inline("generate", f"--workdir={run}", "--prompt=A", "--max_new_tokens=2")
+    assert code == 0 and "take today's default: optimizer.muon_learning_rate" in out + err
+    (run / "config.json").write_text(json.dumps(stored | {"optimiser": {"name": "adamw"}}))
+    code, out, err = inline("generate", f"--workdir={run}", "--prompt=A", "--max_new_tokens=2")
+    assert code == 2 and "config.json: unknown config key 'optimiser.name'; did you mean 'optimizer.name'?" in err
+
+
+def test_a_corrupt_checkpoint_stops_unless_the_previous_is_asked_for(inline, tiny_run, tiny_flags, tmp_path):
+    run = shutil.copytree(tiny_run[0], tmp_path / "run")
+    broken = next(p for p in sorted((run / "checkpoints" / "12" / "params" / "d").iterdir()))
+    broken.write_bytes(broken.read_bytes()[:100])
+    code, _, err = inline("train", *tiny_flags, f"--workdir={run}")
+    assert code == 2 and f"{run / 'checkpoints' / '12'} is corrupt (params/d/{broken.name} has 100 bytes" in err
+    assert "newest good one is step 8: add --config.checkpoint.on_corrupt=previous" in err
+    code, out, err = inline("train", *tiny_flags, f"--workdir={run}", "--config.checkpoint.on_corrupt=previous")
+    assert code == 0 and "from step 8" in out and "12.corrupt" in out, err
+    assert state_of(run, 12) == state_of(tiny_run[0], 12)
+    assert (run / "checkpoints" / "12.corrupt").is_dir()   # kept, to look into
+
+
+def test_a_full_disk_keeps_the_checkpoints_before(inline, tiny_run, tiny_flags, tmp_path, monkeypatch):
+    run = shutil.copytree(tiny_run[0], tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "12")
+    usage = shutil.disk_usage(run)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    code, _, err = inline("train", *tiny_flags, f"--workdir={run}")
+    assert code == 2 and "saving step 12 needs" in err and "earlier checkpoints are intact: 4, 8" in err
+    assert checkpoint.verify(run, 8) == "" and checkpoint.steps(run) == [4, 8]
