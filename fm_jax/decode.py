@@ -22,6 +22,7 @@ class Sampling(NamedTuple):
     temperature: float = 0.0   # 0: the most likely token
     top_k: int = 0             # only the k most likely tokens; 0: all
     top_p: float = 1.0         # only the most likely tokens that together reach this probability
+    vocab_size: int = 0        # only ids below it, where the tokenizer has fewer than the model; 0: all
 
 
 def sample(logits_BV, seeds_B, positions_B, sampling: Sampling):
@@ -29,6 +30,7 @@ def sample(logits_BV, seeds_B, positions_B, sampling: Sampling):
 
     seeds_B: uint32, a row's own; positions_B: int32, the place of the token that is drawn. Both make its key.
     """
+    logits_BV = logits_BV[:, : sampling.vocab_size or None]
     if sampling.temperature == 0:
         return logits_BV.argmax(-1).astype(jnp.int32)
     if sampling.top_k:
@@ -79,6 +81,8 @@ def generate(objective, params, prompts: list[np.ndarray], *, max_new_tokens: in
     if max_new_tokens < 1 or room < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} must be from 1 to {arch.max_seq_len - 1}, the context of "
                         f"{arch.max_seq_len} tokens less one of prompt")
+    if not prompts:
+        return []
     if any(len(p) == 0 for p in prompts):
         raise UserError("an empty prompt: give at least one token, such as the tokenizer's beginning-of-text")
     prompts = [np.asarray(p, np.int32)[-room:] for p in prompts]

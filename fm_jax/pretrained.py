@@ -49,6 +49,7 @@ class Pretrained:
     def __init__(self, config, tokenizer, objective, params):
         self.config, self.tokenizer, self.objective, self.params = config, tokenizer, objective, params
         self.module = objective.module
+        self._parts = self.module.layout.batch_parts   # the mesh cuts every batch into so many: rows are added to fit
         self._jitted = {name: jax.jit(f) for name, f in objective.predict.items() if name in ("logits", "hidden")}
         self._decode_params = None   # made when first needed: a second copy, each layer on its own
 
@@ -57,18 +58,18 @@ class Pretrained:
 
     def logits(self, tokens) -> np.ndarray:
         """Returns float32 [B, T, V] for int tokens [B, T]: what the model expects after each token."""
-        return np.asarray(self._jitted["logits"](self.params, self._checked(tokens)), np.float32)
+        return np.asarray(self._jitted["logits"](self.params, self._checked(tokens))[: len(tokens)], np.float32)
 
     def hidden(self, tokens) -> np.ndarray:
         """Returns float32 [B, T, D] for int tokens [B, T]: hidden states after the final norm."""
-        return np.asarray(self._jitted["hidden"](self.params, self._checked(tokens))[0], np.float32)
+        return np.asarray(self._jitted["hidden"](self.params, self._checked(tokens))[0][: len(tokens)], np.float32)
 
     def score(self, contexts, continuations) -> list[scoring.Score]:
         """Returns (logprob, is_greedy, num_tokens) of each continuation (text) after its context (text)."""
         if len(contexts) != len(continuations):
             raise UserError(f"{len(contexts)} contexts for {len(continuations)} continuations; give one for each")
         pairs = [scoring.encode_pair(self.tokenizer, a, b) for a, b in zip(contexts, continuations)]
-        return scoring.score(self.objective, self.params, pairs)
+        return scoring.score(self.objective, self.params, pairs, batch_size=-(-16 // self._parts) * self._parts)
 
     def generate(self, prompts, *, max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0,
                  top_p: float = 1.0, seed: int = 0, stop_at_end: bool = True) -> list[str]:
@@ -83,11 +84,13 @@ class Pretrained:
         ids = [np.concatenate([[start], self.tokenizer.encode(p)]) for p in prompts]
         if self._decode_params is None:
             self._decode_params = decode.per_layer(self.params)
+        seeds = (seed + np.arange(len(ids))) % 2**32
+        extra = -len(ids) % self._parts
         made = decode.generate(
-            self.objective, self._decode_params, ids, max_new_tokens=max_new_tokens,
-            sampling=decode.Sampling(temperature, top_k, top_p), seeds=(seed + np.arange(len(ids))) % 2**32,
-            stop_ids=(start, end) if stop_at_end else ())
-        return [self.tokenizer.decode(tokens) for tokens in made]
+            self.objective, self._decode_params, ids + ids[-1:] * extra, max_new_tokens=max_new_tokens,
+            sampling=decode.Sampling(temperature, top_k, top_p, self.tokenizer.vocab_size),
+            seeds=np.append(seeds, seeds[-1:].repeat(extra)), stop_ids=(start, end) if stop_at_end else ())
+        return [self.tokenizer.decode(tokens) for tokens in made[: len(ids)]]
 
     def embed(self, texts) -> np.ndarray:
         """Returns float32 [n, D]: the mean hidden state over each text's tokens (the first that fit the context)."""
@@ -101,6 +104,7 @@ class Pretrained:
         return np.stack(out)
 
     def _checked(self, tokens):
+        """Returns int32 [B + what the mesh needs, T]."""
         tokens, arch = np.asarray(tokens), self.objective.arch
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
             raise UserError(f"tokens are {tokens.dtype}{list(tokens.shape)}; expected integers [batch, length]")
@@ -109,4 +113,4 @@ class Pretrained:
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < arch.vocab_size:
             bad = tokens[(tokens < 0) | (tokens >= arch.vocab_size)][0]
             raise UserError(f"token id {bad} is outside the vocabulary of {arch.vocab_size}")
-        return tokens.astype(np.int32)
+        return np.pad(tokens.astype(np.int32), ((0, -len(tokens) % self._parts), (0, 0)))

@@ -49,11 +49,11 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_flags(data):
-    """Returns the flags of a run of 12 steps on one device that saves at 4, 8 and 12."""
+    """Returns the flags of a run of 12 steps on one device, with an average of its parameters; it saves at 4, 8, 12."""
     return [f"--config={ROOT / 'configs' / 'causal_lm.py'}:tiny", f"--config.data.train={data}",
             "--config.model.max_seq_len=256", "--config.mesh.data=1", "--config.steps=12", "--config.log.every=1",
             "--config.checkpoint.every=4", "--config.checkpoint.keep_last=3", "--config.eval.every=6",
-            "--config.eval.batches=2"]
+            "--config.eval.batches=2", "--config.optimizer.ema_decay=0.5"]
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """One step of training: the same on every mesh and in every number of microbatches, and harmless where it must be."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,11 +82,11 @@ def assert_same_run(got, want):
 
 @pytest.fixture(scope="module")
 def one_device():
-    """Returns {model: its run of three steps on one device}."""
-    made = {}
-    for model in MODELS:
+    """Returns a function: name of a model -> its run of three steps on one device, made once."""
+    @functools.cache
+    def made(model):
         program = make(model=model)
-        made[model] = run(program, batches(program, 3))
+        return run(program, batches(program, 3))
     return made
 
 
@@ -94,7 +96,7 @@ def one_device():
 @pytest.mark.parametrize("model", MODELS)
 def test_every_mesh_trains_the_same(model, mesh, one_device):
     program = make(mesh, model)
-    want, got = one_device[model], run(program, batches(program, 3))
+    want, got = one_device(model), run(program, batches(program, 3))
     for n in want[2]:   # random bits are drawn by position, whatever the mesh
         np.testing.assert_array_equal(got[2][n], want[2][n], err_msg=n)
     assert_same_run(got, want)
@@ -105,28 +107,28 @@ def test_the_models_use_every_rule():
     assert axes | {"batch", "length"} == set(sharding.RULES)
 
 
-@pytest.mark.parametrize("mesh, n", [((1, 1, 1), 2), ((1, 1, 1), 4), ((2, 2, 2), 2)], ids=str)
+@pytest.mark.parametrize("mesh, n", [((1, 1, 1), 4), ((2, 2, 2), 2)], ids=str)
 def test_accumulation_equals_the_large_batch(mesh, n, one_device):
     program = make(mesh, accumulation_steps=n)
     data = batches(program, 3)
     weights = data[1]["weights"].reshape(-1, n, LENGTH).sum((0, 2))
     assert weights.max() > 1.05 * weights.min()   # so that a mean of the microbatches' means would be another number
-    assert_same_run(run(program, data), one_device["scanned"])
+    assert_same_run(run(program, data), one_device("scanned"))
 
 
 def test_a_step_is_a_function_of_its_inputs(one_device):
     program = make(model="unrolled")   # with dropout
     again = run(program, batches(program, 3))
-    assert again[0] == one_device["unrolled"][0]
+    assert again[0] == one_device("unrolled")[0]
     for n, a in again[3].items():
-        np.testing.assert_array_equal(a, one_device["unrolled"][3][n])
+        np.testing.assert_array_equal(a, one_device("unrolled")[3][n])
 
 
 def test_bfloat16_computes_over_float32_state(one_device):
     program = make(**{"model.dtype": "bfloat16"})
     losses, _, start, end, state = run(program, batches(program, 3))
     assert {a.dtype for a in jax.tree.leaves(state)} <= {jnp.dtype("float32"), jnp.dtype("int32")}
-    want = one_device["scanned"]
+    want = one_device("scanned")
     for n in start:
         np.testing.assert_array_equal(start[n], want[2][n])
     np.testing.assert_allclose(losses, want[0], rtol=5e-3)   # 8 bits
@@ -137,7 +139,7 @@ def test_evaluation_sums_add_up_to_the_loss(one_device):
     program = make()
     data, state = batches(program, 1)[0], program.init()
     whole = program.eval_step(program.eval_params(state), program.place(data))
-    np.testing.assert_allclose(whole["loss"][0] / whole["loss"][1], one_device["scanned"][0][0], rtol=1e-5)
+    np.testing.assert_allclose(whole["loss"][0] / whole["loss"][1], one_device("scanned")[0][0], rtol=1e-5)
     halves = []
     for rows in (slice(0, 3), slice(3, BATCH)):   # the rest of each is padding of weight 0
         part = {k: v.copy() for k, v in data.items()}

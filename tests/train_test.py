@@ -15,7 +15,6 @@ import pytest
 from fm_jax import checkpoint, config as config_lib, metrics, objectives, sharding, tree
 from fm_jax import train as train_lib
 from fm_jax.data import batches
-from fm_jax.data.mixture import hash_ints
 from fm_jax.errors import UserError
 from fm_jax.step import Program
 
@@ -153,27 +152,18 @@ def test_a_run_continues_on_another_mesh(tiny_run, tiny_flags, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(optimizer__name="muon", optimizer__ema_decay=0.5), dict(optimizer__name="lion", optimizer__learning_rate=3e-4),
+    dict(optimizer__name="muon"), dict(optimizer__name="lion", optimizer__learning_rate=3e-4),
     dict(optimizer__name="adafactor", health__skip_grad_norm_factor=10.0)], ids=lambda c: c["optimizer__name"])
 def test_every_optimizer_learns_and_its_state_comes_back(changes, tiny_flags, tmp_path):
-    config = short_config(tiny_flags, steps=6, eval__every=6, **changes)
-    last = train_lib.train(config, tmp_path, profile_steps=0)
+    config = short_config(tiny_flags, steps=6, optimizer__ema_decay=0.0, **changes)
+    last = train_lib.train(config, tmp_path)
     losses = [r["train/loss"] for r in rows(tmp_path, "train/")]
     assert losses[-1] < losses[0] - 0.02 and last["validation/loss"] < losses[0]
-    names = list(state_of(tmp_path, 6))
-    assert any(n.startswith("ema.") for n in names) == ("optimizer__ema_decay" in changes)
+    assert not any(n.startswith("ema.") for n in state_of(tmp_path, 6))
     if "health__skip_grad_norm_factor" in changes:
         assert {r["train/skipped_steps"] for r in rows(tmp_path, "train/")} == {0.0}
     again = train_lib.train(config, tmp_path)   # restores, and only validates
     assert again == last
-
-
-def test_validation_uses_the_average_of_the_parameters(tiny_run, tiny_flags, tmp_path):
-    """With a decay so near 1 the average stays at its first value while the parameters move."""
-    train_lib.train(short_config(tiny_flags, optimizer__ema_decay=0.9), tmp_path)
-    assert rows(tmp_path, "train/") == rows(tiny_run[0], "train/")   # an average is kept, not trained on
-    ours, theirs = rows(tmp_path, "validation/")[-1], rows(tiny_run[0], "validation/")[-1]
-    assert ours["validation/loss"] > theirs["validation/loss"]       # it lags behind while the loss falls
 
 
 def test_profile_writes_a_trace(tiny_run, tiny_flags, tmp_path, command):
@@ -223,36 +213,43 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_is_needed(tiny_f
         train_lib.train(short_config(tiny_flags), run)
 
 
-def test_a_learning_rate_that_explodes_is_named(tiny_flags, tmp_path):
-    config = short_config(tiny_flags, optimizer__learning_rate=1e30, optimizer__clip_norm=0.0)
-    with pytest.raises(UserError, match=r"not finite in step \d+ .*lower --config.optimizer.learning_rate"):
-        train_lib.train(config, tmp_path)
-
-
 # --- Validation -----------------------------------------------------------------------------------------------------
 
-def held_out_sums(config):
-    """Returns (metrics by the loop's own parts, objective, parameters) of the held-out split at random parameters."""
+def program_of(config):
     config = config_lib.resolve(config)
     layout = sharding.Layout(sharding.make_mesh({"data": 1}))
-    objective = objectives.load(config, batches.load_tokenizer(config), layout)
-    program, sums = Program(config, objective, layout), metrics.Sums()
-    params = jax.tree.map(lambda p: 3 * p, program.init().params)   # larger: documents differ in their losses
-    for batch in batches.open_batches(config, objective, split="validation").iterate():
+    return Program(config, objectives.load(config, batches.load_tokenizer(config), layout), layout)
+
+
+def held_out_metrics(program, params):
+    """Returns the means over the held-out split, by the parts of the loop."""
+    sums = metrics.Sums()
+    for batch in batches.open_batches(program.config, program.objective, split="validation").iterate():
         sums.add(jax.device_get(program.eval_step(params, program.place(batch))))
-    return sums.take(), objective, params
+    return sums.take("validation/")
+
+
+def test_validation_uses_the_average_of_the_parameters(tiny_run, tiny_flags):
+    program = program_of(short_config(tiny_flags))
+    state = checkpoint.restore(tiny_run[0], 12, program.abstract)
+    logged = rows(tiny_run[0], "validation/")[-1]["validation/loss"]
+    assert held_out_metrics(program, state.ema)["validation/loss"] == pytest.approx(logged, rel=1e-6)
+    # The average lags behind while the loss falls, by far more than rounding.
+    assert held_out_metrics(program, state.params)["validation/loss"] < logged - 1e-3
 
 
 def test_validation_does_not_depend_on_the_batch_size_and_equals_direct_computation(tiny_flags, data):
     """Every document's piece of a row, alone through the whole model, against packed and padded batches."""
     config = short_config(tiny_flags, eval__batches=0)
-    got, objective, params = held_out_sums(config)
-    other, *_ = held_out_sums(short_config(tiny_flags, eval__batches=0, batch_size=7))
+    program = program_of(config)
+    params = jax.tree.map(lambda p: 3 * p, program.init().params)   # larger: documents differ in their losses
+    got = held_out_metrics(program, params)
+    other = held_out_metrics(program_of(short_config(tiny_flags, eval__batches=0, batch_size=7)), params)
     for name in got:   # float32 sums in another order
         assert other[name] == pytest.approx(got[name], rel=1e-5), name
     source = batches.Rows(data, "validation", config.seq_len)
     nats, tokens, nbytes = 0.0, 0, 0
-    logits_of = jax.jit(objective.predict["logits"])
+    logits_of = jax.jit(program.objective.predict["logits"])
     for row, segments in zip(*source[np.arange(len(source))].values()):
         for segment in range(1, segments.max() + 1):
             ids = row[segments == segment]
@@ -265,9 +262,9 @@ def test_validation_does_not_depend_on_the_batch_size_and_equals_direct_computat
             nats += (nll - logits[np.arange(len(ids) - 1), ids[1:]]).sum()
             tokens, nbytes = tokens + len(ids) - 1, nbytes + (ids[1:] < 256).sum()
     assert nbytes > 0.9 * source.bytes   # nearly every byte was a target, so the test has seen the split
-    assert got["loss"] == pytest.approx(nats / tokens, rel=1e-5)
-    assert got["bits_per_byte"] == pytest.approx(nats / nbytes / math.log(2), rel=1e-5)
-    assert got["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+    assert got["validation/loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert got["validation/bits_per_byte"] == pytest.approx(nats / nbytes / math.log(2), rel=1e-5)
+    assert got["validation/perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
 
 
 # --- What cannot start ----------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ def test_mask_matches_whole_names():
     assert flat("layers.*") == NAMES[1:]
     assert flat("embed.tokens", ".*wq") == NAMES[:2]
     assert flat() == []
+    assert tree.mask({"w": 0, "w_up": 0, "q.w": 0}, ("w",)) == {"w": True, "w_up": False, "q.w": False}
     with pytest.raises(UserError, match="no_decay: 'scale' matches no parameter; nearest names: .*layers.norm.scale"):
         tree.mask(PARAMS, (".*wq", "scale"), what="no_decay")   # a part of a name is no match
     with pytest.raises(UserError, match="is not a regular expression"):

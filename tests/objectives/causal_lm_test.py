@@ -175,6 +175,9 @@ def test_fill_in_the_middle_happens_at_its_rates():
     # Five standard errors of a binomial.
     assert abs(len(orders) / len(kinds) - 0.5) < 5 * (0.25 / len(kinds)) ** 0.5
     assert abs(orders.count("spm") / len(orders) - 0.25) < 5 * (0.1875 / len(orders)) ** 0.5
+    # Two uniform cuts leave three pieces of one third on average, of deviation 18^-0.5.
+    pieces = np.array([[len(piece) for piece in k[1:]] for k in kinds if k and k[0] == "psm"]) / 197
+    np.testing.assert_allclose(pieces.mean(0), 1 / 3, atol=5 * (18 * len(pieces)) ** -0.5)
 
 
 def test_an_example_depends_on_its_own_seed_only():
