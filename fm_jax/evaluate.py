@@ -35,12 +35,16 @@ def evaluate(workdir, tasks: list[str], *, step: int | None = None, limit: int =
     text_of = data or config.data.validation or config.data.train
     texts = [t for folder, _ in batches.parse_mixture(text_of, "data.validation")
              for t in prepared.texts(folder, "validation")]
+    if not texts:
+        raise UserError(f"{text_of} has no held-out text; prepare it with a larger --validation_frac, or name other "
+                        "data in --data")
     folder = Path(workdir) / "eval" / str(step)
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
     for name in tasks:
         result = TASKS[name](lm, texts, limit)
-        (folder / f"{name}.json").write_text(json.dumps({"step": step, "limit": limit, "data": text_of, **result._asdict()}))
+        about = {"step": step, "limit": limit, "data": text_of}
+        (folder / f"{name}.json").write_text(json.dumps(about | result._asdict()))
         results[name] = result.metrics
     return results
 
@@ -51,7 +55,8 @@ def _flags(fv):
     flags.DEFINE_integer("step", None, "of the checkpoint; default the newest", flag_values=fv)
     flags.DEFINE_integer("limit", 0, "only the first so many documents or questions of each task; 0: all",
                          flag_values=fv, lower_bound=0)
-    flags.DEFINE_string("data", "", "prepared folder whose held-out text is used; default the run's own", flag_values=fv)
+    flags.DEFINE_string("data", "", "prepared folder whose held-out text is used; default the run's own",
+                        flag_values=fv)
 
 
 def main(args):

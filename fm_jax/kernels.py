@@ -242,14 +242,21 @@ def cross_entropy(x_BTD, table_VD, labels_BT, *, softcap: float = 0.0, chunk_len
     the largest logit (no gradient). Logits exist for `chunk_length` positions of each row at a time, in both
     passes (0: all at once), so a large vocabulary costs no memory.
     """
-    B, T, D = x_BTD.shape
-    c = min(chunk_length or T, T)
-    chunks = -(-T // c)
-    pad = [(0, 0), (0, chunks * c - T)]
-    x = jnp.pad(x_BTD, [*pad, (0, 0)]).reshape(B, chunks, c, D).swapaxes(0, 1)
-    labels = jnp.pad(labels_BT, pad).reshape(B, chunks, c).swapaxes(0, 1)
-    outs = _token_losses(x, table_VD, labels, softcap)
-    return tuple(o.swapaxes(0, 1).reshape(B, chunks * c)[:, :T] for o in outs)
+    x, labels = (_chunks(a, chunk_length) for a in (x_BTD, labels_BT))
+    return tuple(_whole(o, labels_BT.shape) for o in _token_losses(x, table_VD, labels, softcap))
+
+
+def cross_entropy_sum(x_BTD, table_VD, labels_BT, weights_BT, *, z_loss: float = 0.0, softcap: float = 0.0,
+                      chunk_length: int = 0):
+    """Returns (float32 sum of weight * (nll + z_loss * lse^2), (nll, lse, correct) without gradient).
+
+    As `cross_entropy`, but only the sum can be differentiated, by x and table. Then it is known with each piece's
+    logits what their gradient will be but for a factor, so that one pass makes both and no logits are made twice.
+    Source of the idea: arXiv:2410.10989, section 3.2.
+    """
+    x, labels, weights = (_chunks(a, chunk_length) for a in (x_BTD, labels_BT, weights_BT))
+    total, tokens = _summed_loss(x, table_VD, labels, weights, softcap, z_loss)
+    return total, tuple(_whole(jax.lax.stop_gradient(o), labels_BT.shape) for o in tokens)
 
 
 def cross_entropy_reference(x_BTD, table_VD, labels_BT, *, softcap=0.0):
@@ -259,53 +266,99 @@ def cross_entropy_reference(x_BTD, table_VD, labels_BT, *, softcap=0.0):
     return lse - picked, lse, (logits.argmax(-1) == labels_BT).astype(jnp.float32)
 
 
-def _chunk_logits(x, table, softcap):
-    """Returns float32 logits [B, c, V] of one chunk x [B, c, D]."""
+def _chunks(a, length):
+    """Returns [chunks, B, length, ...] of a [B, T, ...], padded with zeros."""
+    B, T = a.shape[:2]
+    c = min(length or T, T)
+    n = -(-T // c)
+    padded = jnp.pad(a, [(0, 0), (0, n * c - T), *[(0, 0)] * (a.ndim - 2)])
+    return padded.reshape(B, n, c, *a.shape[2:]).swapaxes(0, 1)
+
+
+def _whole(chunks, shape):
+    """Returns [B, T] of [chunks, B, c], the inverse of `_chunks`."""
+    return chunks.swapaxes(0, 1).reshape(shape[0], -1)[:, : shape[1]]
+
+
+def _logits(x, table, labels, softcap):
+    """Returns float32 logits [B, c, V] of one chunk x [B, c, D], and bool [B, c, V], where the label is."""
     flat = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), table.astype(x.dtype), (((1,), (1,)), ((), ())),
                                preferred_element_type=jnp.float32)
-    return _scores(flat, 1.0, softcap).reshape(*x.shape[:2], -1)
+    logits = _scores(flat, 1.0, softcap).reshape(*x.shape[:2], -1)
+    # A comparison, not a gather: it stays local where the vocabulary is sharded.
+    return logits, jnp.arange(logits.shape[-1]) == labels[..., None]
+
+
+def _losses(logits, hit):
+    top = logits.max(-1)
+    lse = top + jnp.log(jnp.exp(logits - top[..., None]).sum(-1))
+    picked = jnp.where(hit, logits, 0).sum(-1)
+    return lse - picked, lse, (picked >= top).astype(jnp.float32)
+
+
+def _gradients(x, table, logits, hit, lse, dnll, dlse, softcap):
+    """Returns (dx [B, c, D], dtable^T [D, V] float32) of one chunk, from the cotangents of nll and lse [B, c]."""
+    dlogits = jnp.exp(logits - lse[..., None]) * (dnll + dlse)[..., None] - jnp.where(hit, dnll[..., None], 0)
+    if softcap:
+        dlogits = dlogits * (1 - jnp.square(logits / softcap))
+    flat = dlogits.astype(x.dtype).reshape(-1, dlogits.shape[-1])
+    # Transposed: XLA:CPU is 1.4 times faster at [D, tokens] x [tokens, V] than at [V, tokens] x [tokens, D].
+    dtable_DV = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), flat, (((0,), (0,)), ((), ())),
+                                    preferred_element_type=jnp.float32)
+    return (flat @ table.astype(x.dtype)).reshape(x.shape), dtable_DV
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _token_losses(x, table, labels, softcap):
-    return _token_losses_forward(x, table, labels, softcap)[0]
+    return jax.lax.map(lambda c: _losses(*_logits(c[0], table, c[1], softcap)), (x, labels))
 
 
 def _token_losses_forward(x, table, labels, softcap):
-    def one(chunk):
-        x_c, labels_c = chunk
-        logits = _chunk_logits(x_c, table, softcap)
-        top = logits.max(-1)
-        lse = top + jnp.log(jnp.exp(logits - top[..., None]).sum(-1))
-        # A comparison, not a gather: it stays local where the vocabulary is sharded.
-        hit = jnp.arange(logits.shape[-1]) == labels_c[..., None]
-        picked = jnp.where(hit, logits, 0).sum(-1)
-        return lse - picked, lse, (picked >= top).astype(jnp.float32)
-
-    nll, lse, correct = jax.lax.map(one, (x, labels))
-    return (nll, lse, correct), (x, table, labels, lse)
+    outs = _token_losses(x, table, labels, softcap)
+    return outs, (x, table, labels, outs[1])
 
 
 def _token_losses_backward(softcap, saved, cotangents):
     x, table, labels, lse = saved
     dnll, dlse, _ = cotangents
 
-    def one(dtable, chunk):
+    def one(dtable_DV, chunk):
         x_c, labels_c, lse_c, dnll_c, dlse_c = chunk
-        logits = _chunk_logits(x_c, table, softcap)
-        hit = jnp.arange(logits.shape[-1]) == labels_c[..., None]
-        p = jnp.exp(logits - lse_c[..., None])
-        dlogits = p * (dnll_c + dlse_c)[..., None] - jnp.where(hit, dnll_c[..., None], 0)
-        if softcap:
-            dlogits = dlogits * (1 - jnp.square(logits / softcap))
-        flat = dlogits.astype(x_c.dtype).reshape(-1, dlogits.shape[-1])
-        dx = (flat @ table.astype(x_c.dtype)).reshape(x_c.shape)
-        dtable += jax.lax.dot_general(flat, x_c.reshape(-1, x_c.shape[-1]), (((0,), (0,)), ((), ())),
-                                      preferred_element_type=jnp.float32)
-        return dtable, dx
+        dx, more = _gradients(x_c, table, *_logits(x_c, table, labels_c, softcap), lse_c, dnll_c, dlse_c, softcap)
+        return dtable_DV + more, dx
 
-    dtable, dx = jax.lax.scan(one, jnp.zeros(table.shape, jnp.float32), (x, labels, lse, dnll, dlse))
-    return dx, dtable.astype(table.dtype), None
+    dtable_DV, dx = jax.lax.scan(one, jnp.zeros(table.shape[::-1], jnp.float32), (x, labels, lse, dnll, dlse))
+    return dx, dtable_DV.T.astype(table.dtype), None
 
 
 _token_losses.defvjp(_token_losses_forward, _token_losses_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _summed_loss(x, table, labels, weights, softcap, z_loss):
+    nll, lse, correct = _token_losses(x, table, labels, softcap)
+    return ((nll + z_loss * jnp.square(lse)) * weights).sum(), (nll, lse, correct)
+
+
+def _summed_loss_forward(x, table, labels, weights, softcap, z_loss):
+    def one(carry, chunk):
+        total, dtable_DV = carry
+        x_c, labels_c, weights_c = chunk
+        logits, hit = _logits(x_c, table, labels_c, softcap)
+        nll, lse, correct = _losses(logits, hit)
+        dx, more = _gradients(x_c, table, logits, hit, lse, weights_c, 2 * z_loss * lse * weights_c, softcap)
+        total += ((nll + z_loss * jnp.square(lse)) * weights_c).sum()
+        return (total, dtable_DV + more), (dx, (nll, lse, correct))
+
+    zero = jnp.zeros((), jnp.float32), jnp.zeros(table.shape[::-1], jnp.float32)
+    (total, dtable_DV), (dx, tokens) = jax.lax.scan(one, zero, (x, labels, weights.astype(jnp.float32)))
+    return (total, tokens), (dx, dtable_DV.T.astype(table.dtype))
+
+
+def _summed_loss_backward(softcap, z_loss, saved, cotangents):
+    dx, dtable = saved
+    dtotal, _ = cotangents
+    return (dx * dtotal).astype(dx.dtype), (dtable * dtotal).astype(dtable.dtype), None, None
+
+
+_summed_loss.defvjp(_summed_loss_forward, _summed_loss_backward)

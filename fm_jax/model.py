@@ -205,16 +205,21 @@ class Mlp(nn.Module):
         h = kernels.linear(x_BTD, param(self, "w_up", fan_in(D), a.param_dtype, embed=D, mlp=F))
         if a.mlp_bias:
             h += bias("up_bias", mlp=F)
+        gate = None
         if a.gated_mlp:
             gate = kernels.linear(x_BTD, param(self, "w_gate", fan_in(D), a.param_dtype, embed=D, mlp=F))
             if a.mlp_bias:
                 gate += bias("gate_bias", mlp=F)
-            h = act(gate) * h
-        else:
-            h = act(h)
-        if self.layout:
-            h = self.layout.constrain(h, "batch", "length", "mlp")
-        y = kernels.linear(h, param(self, "w_down", fan_in(F, (2 * a.num_layers) ** -0.5), a.param_dtype, mlp=F, embed=D))
+
+        def down(h, gate, w_down):
+            h = act(h) if gate is None else act(gate) * h
+            if self.layout:
+                h = self.layout.constrain(h, "batch", "length", "mlp")
+            return kernels.linear(h, w_down)
+
+        # Only the activation is computed again in the backward pass: less memory for elementwise work.
+        y = jax.checkpoint(down)(h, gate, param(self, "w_down", fan_in(F, (2 * a.num_layers) ** -0.5), a.param_dtype,
+                                                mlp=F, embed=D))
         return y + bias("down_bias", norm=D) if a.mlp_bias else y
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from fm_jax import checkpoint, config as config_lib, decode, objectives, scoring, sharding, tokenizer as tokenizers, tree
+from fm_jax import checkpoint, config as config_lib, decode, objectives, scoring, sharding, tree
+from fm_jax import tokenizer as tokenizers
 from fm_jax.data.prepared import document_ends
 from fm_jax.errors import UserError
 
@@ -29,7 +30,8 @@ def load(folder, *, step: int | None = None, mesh: dict | None = None, ema: bool
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no run here (no config.json); train one with python -m fm_jax.train --workdir {folder}")
+        raise UserError(f"{folder}: no run here (no config.json); train one with python -m fm_jax.train "
+                        f"--workdir {folder}")
     config, filled = config_lib.load(folder / "config.json")
     if filled:
         print(f"{folder / 'config.json'} is of an older version; these keys take today's default: {', '.join(filled)}")

@@ -7,6 +7,8 @@
 `train`, `plan` and `benchmark` all run this same compiled function.
 """
 
+import ctypes
+import sys
 from typing import Any
 
 from flax import struct
@@ -19,6 +21,17 @@ from fm_jax import optim, sharding
 from fm_jax.errors import UserError
 from fm_jax.objectives import Objective
 from fm_jax.sharding import Layout
+
+
+def keep_freed_memory() -> None:
+    """Returns nothing; on Linux, makes this process keep memory that it frees. For a `main` that trains on a CPU.
+
+    XLA:CPU allocates a step's temporaries anew each time. glibc gives such large blocks back to the kernel, which
+    clears every page again: 13% of a step of the GPT-2-like model of tests/peers (AMD EPYC, 2026-11-21).
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):   # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+            libc.mallopt(option, value)
 
 
 @struct.dataclass
@@ -70,16 +83,18 @@ class Program:
             for name, a in objective.batch_spec(config.batch_size).items()}
         batch = {name: a.sharding for name, a in self.batch_spec.items()}
         here = layout.replicated
+        self._cpu = layout.mesh.devices.flat[0].platform == "cpu" if isinstance(layout.mesh, jax.sharding.Mesh) else False
+        # XLA:CPU's default schedule runs what it can at once; in program order a step needs a fifth less memory.
+        options = {"xla_cpu_enable_concurrency_optimized_scheduler": False} if self._cpu else None
         self.train_step = jax.jit(self._train_step, donate_argnums=0, in_shardings=(self.shardings, batch, here),
-                                  out_shardings=(self.shardings, here))
+                                  out_shardings=(self.shardings, here), compiler_options=options)
         self.eval_step = jax.jit(lambda params, batch: self._sums(objective.loss(params, batch, None)),
                                  in_shardings=(placed, batch), out_shardings=here)
 
     def init(self) -> State:
         """Returns the state at step 0, each array made in its shards, never whole on one device."""
         # XLA:CPU spends 7 s on the random bits of a small model, and 1 s at this level for the same values.
-        cpu = self.layout.mesh.devices.flat[0].platform == "cpu"
-        options = {"xla_backend_optimization_level": 1} if cpu else None
+        options = {"xla_backend_optimization_level": 1} if self._cpu else None
         return jax.jit(self._init, out_shardings=self.shardings, compiler_options=options)()
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -144,7 +159,7 @@ class Program:
         """Returns (gradients of the summed loss, metric sums) of the batch, microbatch by microbatch."""
         def loss(params, batch, key):
             out = self.objective.loss(params, batch, key)
-            return out.loss_B.sum(), self._sums(out)
+            return out.loss, self._sums(out)
 
         grad, n = jax.grad(loss, has_aux=True), self.config.accumulation_steps
         if n == 1:
@@ -161,6 +176,5 @@ class Program:
         return jax.lax.scan(body, zeros, (split, keys))[0]
 
     def _sums(self, loss):
-        weight = loss.weight_B.sum()
         # A batch without a scored token has weight 0, loss 0: no step, no division by zero.
-        return {"loss": (loss.loss_B.sum(), jnp.where(weight > 0, weight, 1.0)), **loss.metrics}
+        return {"loss": (loss.loss, jnp.where(loss.weight > 0, loss.weight, 1.0)), **loss.metrics}

@@ -23,7 +23,7 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
 
     SIGTERM saves at the next step boundary and returns; so does SIGINT (Ctrl-C), which then raises KeyboardInterrupt;
     a second SIGINT does so at once.
-    profile_steps: trace so many steps, from the tenth after the start, into `workdir`/profile.
+    profile_steps: trace so many steps, from the tenth after the start or the last ones, into `workdir`/profile.
 
     Raises:
       UserError: whatever cannot start, each in its own words; a loss or gradient that is not finite, after
@@ -89,7 +89,8 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
     flops = config.batch_size * objective.flops_per_example
     late, clock, train_sums, bad = metrics.Late(), metrics.Clock(), metrics.Sums(), None
     last = here = {}   # validation metrics: the last ones, and those of the present step, which its checkpoint keeps
-    began, trace = time.monotonic(), metrics.profile(workdir / "profile", start + 10, profile_steps)
+    began, traced_from = time.monotonic(), max(start, min(start + 10, config.steps - profile_steps))
+    trace = metrics.profile(workdir / "profile", traced_from, profile_steps)
     with (metrics.Writer(workdir, start, tensorboard=config.log.tensorboard) as writer,
           checkpoint.Checkpoints(workdir, config.checkpoint) as checkpoints, stop_signals() as stop, trace as traced):
         step = start
@@ -142,8 +143,8 @@ def _report_bad_step(workdir, bad, seen, values, data):
     numbers = {name: [str(x) for x in np.ravel(value)] for name, value in values.items()}
     report = {"step": bad, "last_step_started": seen, "examples": ids.tolist(), "metrics_of_last_step": numbers}
     (folder / "report.json").write_text(json.dumps(report, indent=1))
-    return (f"loss or gradient not finite in step {bad} (steps {bad} to {seen} were not applied): batch {bad}, examples "
-            f"{ids[0]} to {ids[-1]}; the state before it is saved as step {bad}, the batch in {folder}; lower "
+    return (f"loss or gradient not finite in step {bad} (steps {bad} to {seen} were not applied): batch {bad}, "
+            f"examples {ids[0]} to {ids[-1]}; the state before it is saved as step {bad}, the batch in {folder}; lower "
             "--config.optimizer.learning_rate, or look into that batch")
 
 
@@ -177,6 +178,9 @@ def _flags(fv):
 
 
 def main(args):
+    from fm_jax.step import keep_freed_memory
+
+    keep_freed_memory()
     train(args.config, args.workdir, profile_steps=args.profile)
 
 

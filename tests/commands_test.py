@@ -18,7 +18,8 @@ from fm_jax.step import Program
 
 FLAGS = {"train": ("config", "workdir", "profile"), "evaluate": ("workdir", "tasks", "limit"),
          "generate": ("workdir", "prompt", "temperature"), "prepare": ("source", "tokenizer", "output"),
-         "plan": ("config", "sizes", "devices"), "benchmark": ("config", "steps", "json"), "report": ("workdir", "prompt")}
+         "plan": ("config", "sizes", "devices"), "benchmark": ("config", "steps", "json"),
+         "report": ("workdir", "prompt")}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_a_folder_without_a_run_is_one_line(name, inline, tmp_path):
                                           "optimizer.ema_decay": 0.5},
                                      {"mesh.data": 2, "mesh.tensor": 4, "optimizer.name": "adafactor"}], ids=str)
 def test_planned_bytes_are_those_of_the_real_arrays(changes, spec):
-    config = config_lib.from_file(spec.removeprefix("--config=") + "tiny", {"mesh.data": 1, "data.train": "", **changes})
+    config = config_lib.from_file(spec.removeprefix("--config=") + "tiny", {"mesh.data": 1, **changes})
     planned = plan.plan(config)
     resolved = config_lib.resolve(config)
     layout = sharding.Layout(sharding.make_mesh(config.mesh))
@@ -132,19 +133,20 @@ def test_what_cannot_be_planned_is_one_line(flags, message, inline, spec):
 # --- benchmark ------------------------------------------------------------------------------------------------------
 
 def test_benchmark_measures_what_it_says(inline, spec):
-    code, out, err = inline("benchmark", spec + "tiny", "--config.mesh.data=1", "--steps=3", "--warmup_steps=1", "--json")
+    code, out, err = inline("benchmark", spec + "tiny", "--config.mesh.data=1", "--steps=5", "--warmup_steps=1",
+                            "--json")
     assert code == 0 and out.count("\n") == 1, err
     r = json.loads(out)
     assert (r["parameters"], r["devices"], r["batch_size"], r["tokens_per_step"]) == (37_024, 1, 8, 8 * 64)
     assert r["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
-    assert len(r["step_times_s"]) == 3 and r["step_time_s"] == sorted(r["step_times_s"])[1]
+    assert len(r["step_times_s"]) == 5 and r["step_time_s"] == sorted(r["step_times_s"])[2]
     assert r["tokens_per_s"] == pytest.approx(512 / r["step_time_s"])
     flops = Architecture(vocab_size=512, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64).flops_per_token(64)
     assert r["flops_per_s"] == pytest.approx(flops * r["tokens_per_s"])
     assert r["mfu"] is None and r["first_step_s"] > 0 and r["peak_memory_of"] == "process"
     assert 50e6 < r["peak_memory_bytes"] < 64e9
     # One batch again and again is learned; a step that had not run would repeat its loss.
-    assert len(r["losses"]) == 4 and r["losses"][-1] < r["losses"][0] and abs(r["losses"][0] - math.log(512)) < 0.5
+    assert len(r["losses"]) == 6 and r["losses"][-1] < r["losses"][0] and abs(r["losses"][0] - math.log(512)) < 0.5
 
 
 # --- generate, evaluate, report -------------------------------------------------------------------------------------
@@ -186,12 +188,21 @@ def test_evaluate_writes_every_sample_and_prints_the_means(inline, run, data):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--tasks=perplexty"], "--tasks: unknown 'perplexty'; did you mean 'perplexity'?"), (["--tasks="], "--tasks is empty"),
-    (["--step=5"], "unknown 5"), (["--data=nowhere"], "no prepared data at 'nowhere'")])
+    (["--tasks=perplexty"], "--tasks: unknown 'perplexty'; did you mean 'perplexity'?"),
+    (["--tasks="], "--tasks is empty"), (["--step=5"], "unknown 5"),
+    (["--data=nowhere"], "no prepared data at 'nowhere'")])
 def test_evaluate_refuses(flags, message, inline, run):
     code, _, err = inline("evaluate", f"--workdir={run}", *flags)
     assert code == 2 and message in err and err.count("\n") == 1, err
     assert not (run / "eval").exists()
+
+
+def test_evaluate_needs_held_out_text(inline, run, tmp_path):
+    (tmp_path / "x.txt").write_text("some text")
+    assert inline("prepare", f"--source={tmp_path / 'x.txt'}", "--tokenizer=bytes", "--validation_frac=0",
+                  f"--output={tmp_path / 'x'}", "--workers=1")[0] == 0
+    code, _, err = inline("evaluate", f"--workdir={run}", f"--data={tmp_path / 'x'}")
+    assert code == 2 and "has no held-out text; prepare it with a larger --validation_frac" in err, err
 
 
 def test_report_compares_and_draws(inline, run):

@@ -67,7 +67,7 @@ def test_a_row_depends_on_its_prompt_and_seed_alone(model):
     sampling = decode.Sampling(1.5, 20, 0.95)
     texts, seeds = prompts(4, 19, 7), np.array([5, 2**32 - 1, 5])
     together = decode.generate(*model, texts, max_new_tokens=10, sampling=sampling, seeds=seeds)
-    for i in range(3):
+    for i in (0, 2):   # the long one shares its shapes with the three together
         alone, = decode.generate(*model, texts[i : i + 1], max_new_tokens=10, sampling=sampling, seeds=seeds[i : i + 1])
         np.testing.assert_array_equal(alone, together[i])
     backwards = decode.generate(*model, texts[::-1], max_new_tokens=10, sampling=sampling, seeds=seeds[::-1])
@@ -75,10 +75,11 @@ def test_a_row_depends_on_its_prompt_and_seed_alone(model):
 
 
 def test_seeds_and_places_draw_independently(model):
-    same = decode.generate(*model, prompts(4) * 3, max_new_tokens=10, sampling=decode.Sampling(1.5, 20, 0.95))
+    same = decode.generate(*model, [prompts(19)[0]] * 3, max_new_tokens=10, sampling=decode.Sampling(1.5, 20, 0.95))
     assert (same[0] != same[1]).any() and (same[1] != same[2]).any()   # seeds 0, 1, 2
     flat = jnp.zeros((2000, VOCAB))
-    draw = lambda seeds, places: np.asarray(decode.sample(flat, jnp.uint32(seeds), jnp.int32(places), decode.Sampling(1.0)))
+    draw = lambda seeds, places: np.asarray(
+        decode.sample(flat, jnp.uint32(seeds), jnp.int32(places), decode.Sampling(1.0)))
     first, second = draw(np.arange(2000), np.zeros(2000)), draw(np.arange(2000), np.ones(2000))
     # Two independent even draws agree once in 64: 31 of 2000, with a standard deviation of 5.5.
     assert 5 < (first == second).sum() < 60
@@ -113,7 +114,7 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p):
     counts = np.bincount(np.asarray(drawn), minlength=40)
     assert not counts[probs == 0].any() and (counts[probs > 20 / n] > 0).all()   # the support is exact
     common = probs * n >= 5
-    if common.sum() > 1:   # seeds are fixed: this passes or fails for good. 1e-3: one fair draw in a thousand would fail
+    if common.sum() > 1:   # seeds are fixed: this passes or fails for good; one set of fair draws in 1000 would fail
         expected = np.append(probs[common] * n, max(1e-9, probs[~common].sum() * n))
         observed = np.append(counts[common], counts[~common].sum())
         expected, observed = (x if expected[-1] >= 5 else x[:-1] for x in (expected, observed))
@@ -122,7 +123,8 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p):
 
 def test_temperature_zero_takes_the_likeliest():
     logits = jnp.array([[0.0, 3.0, 1.0], [2.0, 0.0, 2.0]])
-    assert decode.sample(logits, jnp.arange(2, dtype=jnp.uint32), jnp.zeros(2, jnp.int32), decode.Sampling()).tolist() == [1, 0]
+    drawn = decode.sample(logits, jnp.arange(2, dtype=jnp.uint32), jnp.zeros(2, jnp.int32), decode.Sampling())
+    assert drawn.tolist() == [1, 0]   # of a tie, the first
 
 
 def test_ids_that_the_tokenizer_lacks_are_never_drawn():

@@ -321,6 +321,33 @@ def test_cross_entropy_equals_numpy_and_autodiff(softcap, chunk_length):
             np.testing.assert_allclose(got, ref, **CLOSE)
 
 
+@pytest.mark.parametrize("chunk_length", [0, 4, 10])
+@pytest.mark.parametrize("softcap, z_loss", [(0.0, 0.0), (1.3, 0.3)])
+def test_cross_entropy_sum_equals_numpy_and_autodiff(softcap, z_loss, chunk_length):
+    x, table = normals(8, (3, 10, 6), (17, 6))
+    rng = np.random.default_rng(9)
+    labels, weights = rng.integers(0, 17, (3, 10)), rng.choice([0, 0.5, 1, 2], (3, 10)).astype(np.float32)
+
+    def plain(x, t):
+        nll, lse, _ = kernels.cross_entropy_reference(x, t, labels, softcap=softcap)
+        return (weights * (nll + z_loss * lse ** 2)).sum()
+
+    fast = lambda x, t: kernels.cross_entropy_sum(x, t, labels, weights, z_loss=z_loss, softcap=softcap,
+                                                  chunk_length=chunk_length)
+    nll, lse, correct = numpy_cross_entropy(x.astype(np.float64), table.astype(np.float64), labels, softcap)
+    want = (weights * (nll + z_loss * lse ** 2)).sum()
+    total, tokens = fast(x, table)                      # without a gradient, another path than with one
+    # A third of the sum, so that the factor from outside counts; the tokens' own values add nothing.
+    outer = lambda x, t: (fast(x, t)[0] / 3 + fast(x, t)[1][0].sum(), fast(x, t))
+    (_, (again, _)), grads = jax.value_and_grad(outer, (0, 1), has_aux=True)(x, table)
+    for got in (total, again):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    for got, ref in zip(tokens, (nll, lse, correct)):
+        np.testing.assert_allclose(got, ref, **CLOSE)
+    for got, ref in zip(grads, jax.grad(plain, (0, 1))(x, table)):
+        np.testing.assert_allclose(3 * got, ref, **CLOSE)
+
+
 def test_cross_entropy_in_bfloat16_sums_in_float32():
     x, table = normals(5, (2, 64, 16), (50, 16))
     labels = np.random.default_rng(6).integers(0, 50, (2, 64))
@@ -342,6 +369,8 @@ def test_cross_entropy_never_builds_all_logits():
     x, table = normals(7, (B, T, D), (V, D))
     labels = np.zeros((B, T), int)
     loss = lambda c: lambda x, t: kernels.cross_entropy(x, t, labels, chunk_length=c)[0].sum()
-    for traced in (trace(loss(c), x, table), trace(jax.grad(loss(c), (0, 1)), x, table)):
+    total = lambda x, t: kernels.cross_entropy_sum(x, t, labels, np.ones((B, T)), chunk_length=c)[0]
+    for traced in (trace(loss(c), x, table), trace(jax.grad(loss(c), (0, 1)), x, table),
+                   trace(total, x, table), trace(jax.grad(total, (0, 1)), x, table)):
         assert max(map(math.prod, shapes_of(traced))) <= B * c * V
     assert max(map(math.prod, shapes_of(trace(jax.grad(loss(0)), x, table)))) >= B * T * V   # the walk would see them

@@ -142,7 +142,8 @@ def test_scores_equal_the_log_softmax_of_the_logits(model, log_softmax):
         want = table[np.arange(len(continuation)), continuation].sum()
         # float32 losses of up to 20 tokens, each off by about 1e-6
         assert score.logprob == pytest.approx(want, rel=1e-5, abs=1e-4)
-        assert score.is_greedy == bool((table.argmax(-1) == continuation).all()) and score.num_tokens == len(continuation)
+        assert score.is_greedy == bool((table.argmax(-1) == continuation).all())
+        assert score.num_tokens == len(continuation)
     assert [i for i, s in enumerate(got) if s.is_greedy] == [2, 5]
 
 

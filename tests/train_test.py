@@ -45,9 +45,9 @@ class Poisoned(CausalLM):
 """
 
 
-def signalled(name, at, *flags):
+def signalled(name, at, *flags, cwd):
     return subprocess.run([sys.executable, "-c", SIGNALLED, name, str(at), *flags], capture_output=True, text=True,
-                          timeout=300)
+                          timeout=300, cwd=cwd)
 
 
 def short_config(tiny_flags, **changes):
@@ -78,8 +78,8 @@ def rows(folder, kind=""):
 def test_a_run_describes_itself_and_learns(tiny_run, data):
     folder, out = tiny_run
     assert checkpoint.steps(folder) == [4, 8, 12]
-    assert {p.name for p in folder.iterdir()} == {"config.json", "run.json", "tokenizer", "metrics.jsonl", "tensorboard",
-                                                  "checkpoints"}
+    assert {p.name for p in folder.iterdir()} == {"config.json", "run.json", "tokenizer", "metrics.jsonl",
+                                                  "tensorboard", "checkpoints"}
     config, filled = config_lib.load(folder / "config.json")
     assert not filled and config.steps == 12 and config.model.head_dim == 8   # resolved
     assert config.optimizer.warmup_steps == 1
@@ -96,19 +96,19 @@ def test_a_run_describes_itself_and_learns(tiny_run, data):
 
 
 def test_a_run_stopped_in_every_way_ends_as_one_that_was_not(tiny_run, tiny_flags, tmp_path, command):
-    flags = [*tiny_flags, f"--workdir={tmp_path / 'run'}"]
+    flags = [*tiny_flags, "--workdir=run"]   # relative, as people write it
     # The signal comes when the values of a step are shown: one step late, or at once where a validation waits for them.
-    result = signalled("SIGTERM", 2, *flags)
+    result = signalled("SIGTERM", 2, *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "stopped by SIGTERM after step 3, which is saved; the same command continues from there" in result.stdout
     assert checkpoint.steps(tmp_path / "run") == [3]
-    result = signalled("SIGINT", 6, *flags)
+    result = signalled("SIGINT", 6, *flags, cwd=tmp_path)
     assert result.returncode == 130 and result.stderr == "interrupted\n"
     assert "continuing" in result.stdout and "from step 3" in result.stdout
     assert "stopped by SIGINT after step 6, which is saved" in result.stdout
-    result = signalled("SIGKILL", 9, *flags)
+    result = signalled("SIGKILL", 9, *flags, cwd=tmp_path)
     assert result.returncode == -signal.SIGKILL and "step 9/12" in result.stdout
-    result = command("train", *flags)
+    result = command("train", *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     # Nothing may differ, not in the last bit: the same program, on the same devices, on the same batches.
     straight, _ = tiny_run
@@ -166,13 +166,12 @@ def test_every_optimizer_learns_and_its_state_comes_back(changes, tiny_flags, tm
     assert again == last
 
 
-def test_profile_writes_a_trace(tiny_run, tiny_flags, tmp_path, command):
+def test_profile_writes_a_trace_even_of_a_short_run(inline, tiny_run, tiny_flags, tmp_path):
     run = shutil.copytree(tiny_run[0], tmp_path / "run")
-    for step in (4, 8, 12):
-        shutil.rmtree(run / "checkpoints" / str(step))
-    result = command("train", *tiny_flags, f"--workdir={run}", "--profile=1", "--config.eval.every=0")
-    assert result.returncode == 0, result.stderr
-    assert list((run / "profile").rglob("*.xplane.pb"))
+    shutil.rmtree(run / "checkpoints" / "12")
+    code, _, err = inline("train", *tiny_flags, f"--workdir={run}", "--profile=2")   # from step 8: no tenth after it
+    assert code == 0 and list((run / "profile").rglob("*.xplane.pb")), err
+    assert state_of(run, 12) == state_of(tiny_run[0], 12)
 
 
 def test_the_best_checkpoint_is_one_that_was_validated(tiny_run, tiny_flags, tmp_path):
@@ -272,8 +271,8 @@ def test_validation_does_not_depend_on_the_batch_size_and_equals_direct_computat
 @pytest.mark.parametrize("flags, message", [
     (["--config.model.vocab_size=200"], "the tokenizer's vocabulary of 262 is larger than the model's: set "
      "--config.model.vocab_size=262 (now 200) or more"),
-    (["--config.mesh.data=4", "--config.batch_size=6"], "config.batch_size=6 in 1 microbatches of 6 is not divisible by "
-     "the mesh's data x fsdp = 4; take a multiple of 4"),
+    (["--config.mesh.data=4", "--config.batch_size=6"], "config.batch_size=6 in 1 microbatches of 6 is not divisible "
+     "by the mesh's data x fsdp = 4; take a multiple of 4"),
     (["--config.mesh.data=16"], "mesh data=16 x fsdp=1 x tensor=1 needs 16 devices, this machine (cpu) has 8; change "
      "--config.mesh"),
     (["--config.mesh.tensor=8", "--config.model.num_heads=4"], "not divisible by mesh.tensor=8"),

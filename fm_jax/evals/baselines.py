@@ -31,7 +31,7 @@ class NGram:
         """Counts on `texts`; `order` is the longest n-gram, the predicted byte included."""
         self.order = order
         grams = [self._grams(t) for t in texts]
-        self._counts = []   # for n = 1..order: (sorted n-grams, counts, sorted histories, their totals, their followers)
+        self._counts = []   # for n = 1..order: (sorted n-grams, counts, sorted histories, totals, different followers)
         for n in range(1, order + 1):
             grams_n, counts = np.unique(np.concatenate([g[n - 1] for g in grams]), return_counts=True)
             histories, first = np.unique(grams_n >> np.uint64(8), return_index=True)

@@ -66,7 +66,7 @@ def next_sentence(lm, texts: list[str], limit: int = 0) -> Result:
 
 
 def multiple_choice(lm, samples: list[dict]) -> Result:
-    """Returns acc and acc_norm with standard errors of samples {"context", "choices", "gold"}.
+    """Returns acc and acc_norm of samples {"context", "choices", "gold"}, with standard errors where there are several.
 
     Each choice follows its context and a space. Ties go to the first.
     """
@@ -79,9 +79,12 @@ def multiple_choice(lm, samples: list[dict]) -> Result:
         hits.append(int(logprobs.argmax() == s["gold"]))
         hits_norm.append(int(by_char.argmax() == s["gold"]))
         done.append(s | {"logprobs": logprobs.tolist(), "acc": hits[-1], "acc_norm": hits_norm[-1]})
-    stderr = lambda x: float(np.std(x, ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan
-    return Result({"acc": float(np.mean(hits)), "acc_stderr": stderr(hits), "acc_norm": float(np.mean(hits_norm)),
-                   "acc_norm_stderr": stderr(hits_norm), "questions": len(samples)}, done)
+    metrics = {}
+    for name, x in (("acc", hits), ("acc_norm", hits_norm)):
+        metrics[name] = float(np.mean(x))
+        if len(x) > 1:
+            metrics[f"{name}_stderr"] = float(np.std(x, ddof=1) / math.sqrt(len(x)))
+    return Result(metrics | {"questions": len(samples)}, done)
 
 
 TASKS = {"perplexity": perplexity, "next_sentence": next_sentence}

@@ -20,12 +20,12 @@ from fm_jax.sharding import Layout
 class Loss(NamedTuple):
     """Sums, never means, so that accumulation, padding, meshes and evaluation all aggregate exactly.
 
-    The trained loss is sum(loss_B) / sum(weight_B) over the whole batch. Weights must not depend on
-    the parameters. Each metric is a pair (sum, weight), written as their quotient.
+    The trained loss is loss / weight, each summed over the whole batch: over microbatches, devices and hosts.
+    The weight must not depend on the parameters. Each metric is a pair (sum, weight), written as their quotient.
     """
 
-    loss_B: jax.Array
-    weight_B: jax.Array
+    loss: jax.Array
+    weight: jax.Array
     metrics: dict[str, tuple[jax.Array, jax.Array]]
 
 

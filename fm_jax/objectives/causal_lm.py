@@ -42,6 +42,9 @@ class Module(nn.Module):
     def losses(self, hidden_BTD, targets_BT):
         return self.embed.losses(hidden_BTD, targets_BT)
 
+    def loss_sum(self, hidden_BTD, targets_BT, weights_BT, z_loss):
+        return self.embed.loss_sum(hidden_BTD, targets_BT, weights_BT, z_loss)
+
     def logits(self, hidden_BTD):
         return self.embed.logits(hidden_BTD)
 
@@ -122,15 +125,15 @@ class CausalLM:
     def loss(self, params, batch, key=None):
         hidden, _, _ = self.module.apply({"params": params}, batch["tokens"], batch["positions"],
                                          batch["segment_ids"], key=key)
-        nll, lse, correct = self.module.apply({"params": params}, hidden, batch["targets"], method="losses")
         weight = batch["weights"]
-        total = weight.sum()
-        losses = nll + self.z_loss * jnp.square(lse)
-        metrics = {"nll": ((nll * weight).sum(), total), "accuracy": ((correct * weight).sum(), total)}
+        loss, (nll, _, correct) = self.module.apply({"params": params}, hidden, batch["targets"], weight, self.z_loss,
+                                                    method="loss_sum")
+        total, nats = weight.sum(), (nll * weight).sum()
+        metrics = {"nll": (nats, total), "accuracy": ((correct * weight).sum(), total)}
         if self.token_bytes is not None:
             bytes_ = (jnp.asarray(self.token_bytes)[batch["targets"]] * weight).sum()
-            metrics["bits_per_byte"] = ((nll * weight).sum() / np.log(2), bytes_)
-        return Loss((losses * weight).sum(-1), weight.sum(-1), metrics)
+            metrics["bits_per_byte"] = (nats / np.log(2), bytes_)
+        return Loss(loss, total, metrics)
 
     # --- predict ----------------------------------------------------------------------------------------------------
 

@@ -38,6 +38,8 @@ def test_multiple_choice_by_hand():
     # Source: the harness's mean_stderr, sample standard deviation over sqrt(n).
     assert metrics["acc_stderr"] == pytest.approx(math.sqrt(4 / 3 * 3 / 16) / math.sqrt(4))
     assert done[0]["logprobs"] == [-2, -3] and lm.asked == list(known)
+    one, _ = tasks.multiple_choice(lm, samples[:1])   # of one question there is no standard error, and no NaN for JSON
+    assert one == {"acc": 1.0, "acc_norm": 0.0, "questions": 1}
 
 
 def documents(n):
@@ -73,7 +75,7 @@ def test_an_oracle_is_always_right_and_its_opposite_never():
 
 
 def test_too_few_documents_are_refused():
-    with pytest.raises(UserError, match=r"needs 7 held-out documents of three sentences or more, found 6; .*validation_frac"):
+    with pytest.raises(UserError, match="needs 7 held-out documents of three sentences or more, found 6; .*_frac"):
         tasks.next_sentence(Oracle(lambda a, b: 0.0), documents(6))
 
 

@@ -231,8 +231,8 @@ def test_loss_and_metrics_equal_direct_computation(data):
     nll = -np.take_along_axis(log_softmax(logits), targets[..., None], -1)[..., 0]
     z = np.log(np.exp(logits).sum(-1)) ** 2
     close = dict(rtol=2e-4)   # float32 through one layer against float64
-    np.testing.assert_allclose(got.loss_B, ((nll + 0.02 * z) * weights).sum(1), **close)
-    np.testing.assert_array_equal(got.weight_B, weights.sum(1))
+    np.testing.assert_allclose(got.loss, ((nll + 0.02 * z) * weights).sum(), **close)
+    assert got.weight == weights.sum()
     np.testing.assert_allclose(got.metrics["nll"], ((nll * weights).sum(), weights.sum()), **close)
     np.testing.assert_array_equal(got.metrics["accuracy"][0], ((logits.argmax(-1) == targets) * weights).sum())
     # Every id below 256 is one byte of text; the special tokens are none, and their nats count all the same.
@@ -247,7 +247,7 @@ def test_what_is_not_scored_moves_nothing(data):
     """Targets of weight 0, and the tokens of padding, change neither loss nor gradient by a single bit."""
     params, batch = data
     objective = make()
-    grad = jax.jit(jax.value_and_grad(lambda p, b: objective.loss(p, b, None).loss_B.sum()))
+    grad = jax.jit(jax.value_and_grad(lambda p, b: objective.loss(p, b, None).loss))
     other = {k: v.copy() for k, v in batch.items()}
     other["targets"][batch["weights"] == 0] = 77
     other["tokens"][batch["segment_ids"] == 0] = 99
@@ -261,7 +261,7 @@ def test_z_loss_gradient_equals_that_of_the_log_normaliser(data):
     params, batch = data
     batch = {**batch, "segment_ids": np.ones_like(batch["segment_ids"]),   # one document a row, as `predict` has it
              "positions": np.arange(T, dtype=np.int32)[None].repeat(3, 0)}
-    loss = lambda z: jax.jit(jax.grad(lambda p: make(**{"objective_args.z_loss": z}).loss(p, batch, None).loss_B.sum()))
+    loss = lambda z: jax.jit(jax.grad(lambda p: make(**{"objective_args.z_loss": z}).loss(p, batch, None).loss))
     with_z, without = tree.flatten(loss(0.3)(params)), tree.flatten(loss(0.0)(params))
     term = lambda p: 0.3 * (jax.nn.logsumexp(make().logits(p, batch["tokens"]), -1) ** 2 * batch["weights"]).sum()
     for n, want in tree.flatten(jax.jit(jax.grad(term))(params)).items():

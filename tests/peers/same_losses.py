@@ -1,9 +1,10 @@
-"""Shows that the models which train_throughput.py compares are the same: prints both losses of five steps, and their gap.
+"""Shows that the models train_throughput.py compares are the same: prints five losses of both, and their gaps.
 
 Ours starts from its own initial parameters and random tokens; train_torch.py loads the same ones.
 Five steps of AdamW in float32 bring out any difference in the model, the loss, the clipping or the
-update. Exits with 1 where losses differ by more than 1e-3: float32 sums in another order move the fifth
-loss by about 1e-5, and Adam's first steps magnify it where a gradient is near zero. Run it with fm_jax's Python.
+update. Exits with 1 where losses differ by more than 1e-3: float32 sums in another order
+move the fifth loss by up to 1e-5 (measured), as Adam's first steps magnify them where a gradient is near zero.
+Run it with fm_jax's Python.
 
 Try:  PYTHONPATH=. python tests/peers/same_losses.py --model gpt2 --peer_python .venv-torch/bin/python
 """
@@ -51,8 +52,9 @@ def main():
             state, values = program.train_step(state, program.place(batch), step)
             ours.append(float(values["loss"][0] / values["loss"][1]))
         done = subprocess.run(
-            [args.peer_python, HERE / "train_torch.py", "--model", args.model, "--steps", str(STEPS), "--weights", weights,
-             "--batches", batches, "--learning_rate", str(LEARNING_RATE)], check=True, text=True, stdout=subprocess.PIPE)
+            [args.peer_python, HERE / "train_torch.py", "--model", args.model, "--steps", str(STEPS),
+             "--weights", weights, "--batches", batches, "--learning_rate", str(LEARNING_RATE)],
+            check=True, text=True, stdout=subprocess.PIPE)
     theirs = json.loads(done.stdout.splitlines()[-1])["losses"]
     for step, (a, b) in enumerate(zip(ours, theirs)):
         print(f"step {step}: ours {a:.6f}, PyTorch's {b:.6f}, gap {abs(a - b):.1e}")

@@ -42,6 +42,7 @@ def main():
     flags.add_argument("--model", choices=("gpt2", "llama"), default="gpt2")
     flags.add_argument("--peer_python", required=True)
     flags.add_argument("--rounds", type=int, default=5)
+    flags.add_argument("--ours", action="append", default=[], help="more of our flags: --ours=--config.log.every=1")
     args = flags.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -55,10 +56,11 @@ def main():
                        stdout=subprocess.DEVNULL)
         runs = iter(range(10 ** 6))
         ours = lambda: [sys.executable, "-m", "fm_jax.train", "--config", f"configs/causal_lm.py:bench_{args.model}",
-                        "--workdir", folder / f"run{next(runs)}", f"--config.data.train={folder / 'data'}"]
+                        "--workdir", folder / f"run{next(runs)}", f"--config.data.train={folder / 'data'}", *args.ours]
         theirs = [args.peer_python, HERE / "train_torch.py", "--model", args.model, "--steps", "1"]
         cold = seconds_until("first step after", ours(), env)
-        print(f"{args.model}: ours with an empty cache {cold:.1f} s\n{'round':>5} {'ours s':>8} {'torch s':>8} {'ratio':>6}")
+        print(f"{args.model}: ours with an empty cache {cold:.1f} s\n"
+              f"{'round':>5} {'ours s':>8} {'torch s':>8} {'ratio':>6}")
         ratios = []
         for i in range(args.rounds):
             a = seconds_until("first step after", ours(), env)

@@ -19,8 +19,8 @@ import tempfile
 
 BATCH, SEQ_LEN = 8, 512
 MODEL = dict(base_num_decoder_layers=4, base_emb_dim=256, base_num_query_heads=4, base_num_kv_heads=4, head_dim=64,
-             base_mlp_dim=1024, vocab_size=8192, max_target_length=SEQ_LEN, per_device_batch_size=BATCH, dtype="float32",
-             weight_dtype="float32", logits_via_embedding=True, attention="dot_product")
+             base_mlp_dim=1024, vocab_size=8192, max_target_length=SEQ_LEN, per_device_batch_size=BATCH,
+             dtype="float32", weight_dtype="float32", logits_via_embedding=True, attention="dot_product")
 RUN = dict(hardware="cpu", skip_jax_distributed_system=True, dataset_type="synthetic", run_name="peer",
            enable_checkpointing=False, enable_goodput_recording=False, monitor_goodput=False, log_config=False)
 
@@ -34,7 +34,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         settings = MODEL | RUN | dict(base_output_directory=folder, steps=args.steps, remat_policy=args.remat)
         command = [sys.executable, "-m", "maxtext.trainers.pre_train.train", *(f"{k}={v}" for k, v in settings.items())]
-        done = subprocess.run([*command, *more], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        done = subprocess.run([*command, *more], cwd=folder, text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT,
                               env=os.environ | {"DECOUPLE_GCLOUD": "TRUE", "JAX_PLATFORMS": "cpu"})
     steps = re.findall(r"completed step: (\d+), seconds: ([\d.]+).*?\bloss: ([\d.]+)", done.stdout)
     if done.returncode or len(steps) < args.steps:

@@ -22,10 +22,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 
-def measure(command, cores):
+def measure(command, cores, env=()):
     """Returns what the command prints as its last line, a JSON object, having run it on these cores."""
     # On Linux a child's peak memory starts from its parent's: this process stays small, it imports neither side.
     done = subprocess.run([str(part) for part in command], cwd=ROOT, text=True, capture_output=True,
+                          env=os.environ | dict(pair.split("=", 1) for pair in env),
                           preexec_fn=lambda: os.sched_setaffinity(0, cores))
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr[-3000:]}")
@@ -40,8 +41,9 @@ def main():
     flags.add_argument("--steps", type=int, default=6, help="timed steps of a side in a round")
     flags.add_argument("--warmup", type=int, default=2)
     flags.add_argument("--cores", help="comma-separated; default: all. One core is the steadiest on a busy machine")
-    flags.add_argument("--ours", action="append", default=[], help="more of our flags: --ours=--config.model.remat=full")
-    flags.add_argument("--theirs", action="append", default=[], help="more of the peer's flags: --theirs=--remat=minimal")
+    flags.add_argument("--ours", action="append", default=[], help="more of our flags: --ours=--config.seed=1")
+    flags.add_argument("--ours_env", action="append", default=[], help="NAME=VALUE in our environment only")
+    flags.add_argument("--theirs", action="append", default=[], help="more of the peer's: --theirs=--remat=none")
     args = flags.parse_args()
     cores = {int(c) for c in args.cores.split(",")} if args.cores else os.sched_getaffinity(0)
     ours = [sys.executable, "-m", "fm_jax.benchmark", "--config", f"configs/causal_lm.py:bench_{args.model}", "--json",
@@ -52,12 +54,13 @@ def main():
         theirs += ["--model", args.model, "--threads", len(cores)]
     rounds = []
     print(f"{args.model} on {len(cores)} core(s), {args.rounds} rounds of {args.steps} steps each\n"
-          f"{'round':>5} {'ours tok/s':>11} {'peer tok/s':>11} {'speed':>6} {'ours GB':>8} {'peer GB':>8} {'memory':>6}")
+          f"{'round':>5} {'ours tok/s':>11} {'peer tok/s':>11} {'speed':>6} {'ours GB':>8} {'peer GB':>8} "
+          f"{'memory':>6}")
     for i in range(args.rounds):
         sides = {}
-        for name, command in (("a", ours), ("b", theirs))[:: 1 if i % 2 == 0 else -1]:
-            sides[name] = measure(command, cores)
-        (a, b) = sides["a"], sides["b"]
+        for name, command in (("ours", ours), ("theirs", theirs))[:: 1 if i % 2 == 0 else -1]:
+            sides[name] = measure(command, cores, args.ours_env if name == "ours" else ())
+        a, b = sides["ours"], sides["theirs"]
         speed = a["tokens_per_s"] / b["tokens_per_s"]
         memory = a["peak_memory_bytes"] / b["peak_memory_bytes"]
         rounds.append((speed, memory))

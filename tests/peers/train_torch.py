@@ -174,7 +174,8 @@ def main():
     median = float(np.median(times))
     print(json.dumps({
         "model": args.model, "parameters": sum(p.numel() for p in model.parameters()), "step_times_s": times,
-        "step_time_s": median, "step_cpu_time_s": float(np.median(cpu_times)), "tokens_per_s": c["batch"] * c["seq_len"] / median, "losses": losses[:5],
+        "step_time_s": median, "step_cpu_time_s": float(np.median(cpu_times)),
+        "tokens_per_s": c["batch"] * c["seq_len"] / median, "losses": losses[:5],
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "threads": torch.get_num_threads(), "torch": torch.__version__}))
 
