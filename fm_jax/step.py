@@ -83,9 +83,9 @@ class Program:
             for name, a in objective.batch_spec(config.batch_size).items()}
         batch = {name: a.sharding for name, a in self.batch_spec.items()}
         here = layout.replicated
-        self._cpu = layout.mesh.devices.flat[0].platform == "cpu" if isinstance(layout.mesh, jax.sharding.Mesh) else False
+        self._cpu = isinstance(layout.mesh, jax.sharding.Mesh) and layout.mesh.devices.flat[0].platform == "cpu"
         # XLA:CPU's default schedule runs what it can at once; in program order a step needs a fifth less memory.
-        options = {"xla_cpu_enable_concurrency_optimized_scheduler": False} if self._cpu else None
+        options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if self._cpu else None
         self.train_step = jax.jit(self._train_step, donate_argnums=0, in_shardings=(self.shardings, batch, here),
                                   out_shardings=(self.shardings, here), compiler_options=options)
         self.eval_step = jax.jit(lambda params, batch: self._sums(objective.loss(params, batch, None)),
