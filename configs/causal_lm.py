@@ -15,11 +15,11 @@ from fm_jax.errors import choose
 BENCH = {
     "bench_gpt2": dict(vocab_size=8192, num_layers=6, embed_dim=384, num_heads=6, mlp_dim=1536, max_seq_len=256,
                        norm="layernorm", norm_eps=1e-5, norm_bias=True, activation="gelu_tanh", gated_mlp=False,
-                       qkv_bias=True, attention_out_bias=True, mlp_bias=True, position="learned", scan_layers=False),
+                       qkv_bias=True, attention_out_bias=True, mlp_bias=True, position="learned"),
     "bench_llama": dict(vocab_size=8192, num_layers=8, embed_dim=512, num_heads=8, num_kv_heads=4, mlp_dim=1408,
-                        max_seq_len=512, norm_eps=1e-5, scan_layers=False),
+                        max_seq_len=512, norm_eps=1e-5),
     "bench_maxtext": dict(vocab_size=8192, num_layers=4, embed_dim=256, num_heads=4, mlp_dim=1024, max_seq_len=512,
-                          remat="full", scan_layers=False),
+                          remat="full"),
 }
 SHAPES = {"bench_gpt2": (16, 256), "bench_llama": (8, 512), "bench_maxtext": (8, 512)}   # batch_size, seq_len
 
@@ -36,10 +36,10 @@ def get_config(size: str = "small"):
         c.model.update(vocab_size=512, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=4, mlp_dim=64, max_seq_len=64)
         c.steps, c.batch_size, c.seq_len, c.log.every = 20, 8, 64, 5
     elif size == "small":
-        c.model.update(vocab_size=4096, num_layers=4, embed_dim=256, num_heads=4, max_seq_len=256, qk_norm="head",
-                       scan_layers=False)
-        c.steps, c.batch_size, c.seq_len = 600, 16, 256
-        c.optimizer.name = "muon"
+        c.model.update(vocab_size=4096, num_layers=4, embed_dim=256, num_heads=4, max_seq_len=256, qk_norm="head")
+        c.steps, c.batch_size, c.seq_len = 180, 16, 256   # three minutes on two quiet cores
+        c.eval.every = c.checkpoint.every = "25%"
+        c.optimizer.name, c.optimizer.learning_rate = "muon", 3e-3
         c.optimizer.schedule, c.optimizer.decay_steps, c.optimizer.final_learning_rate_frac = "wsd", "40%", 0.0
     elif size in BENCH:
         c.model.update(**BENCH[size])
