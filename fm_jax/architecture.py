@@ -148,8 +148,9 @@ class Architecture:
         sublayers = 3 if self.cross_attention else 2
         layer = attention * (sublayers - 1) + mlp
         layer += norm * sublayers * (2 if self.norm_position == "sandwich" else 1)
-        total = self.num_layers * layer + norm * self.final_norm + self.vocab_size * D * (1 if self.tie_embeddings else 2)
-        return total + (self.max_seq_len * D if self.position == "learned" else 0)
+        tables = self.vocab_size * D * (1 if self.tie_embeddings else 2)
+        tables += self.max_seq_len * D if self.position == "learned" else 0
+        return self.num_layers * layer + norm * self.final_norm + tables
 
     def matmul_param_count(self) -> int:
         """Returns the parameters that multiply every token: without embedding tables, norms and biases."""

@@ -66,7 +66,8 @@ def benchmark(config, *, steps: int = 10, warmup_steps: int = 3, seed: int = 0) 
 def _flags(fv):
     config_lib.define_config(fv)
     flags.DEFINE_integer("steps", 10, "measured steps", flag_values=fv, lower_bound=1)
-    flags.DEFINE_integer("warmup_steps", 3, "steps before them, compilation in the first", flag_values=fv, lower_bound=1)
+    flags.DEFINE_integer("warmup_steps", 3, "steps before them, compilation in the first", flag_values=fv,
+                         lower_bound=1)
     flags.DEFINE_boolean("json", False, "print one line of JSON instead of the table", flag_values=fv)
 
 
@@ -81,7 +82,8 @@ def main(args):
         return
     mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items())
     times = sorted(r["step_times_s"])
-    print(f"{r['name']}: {r['parameters']:,} parameters on {r['devices']} {r['device']} ({mesh}), batch {r['batch_size']}")
+    print(f"{r['name']}: {r['parameters']:,} parameters on {r['devices']} {r['device']} ({mesh}), "
+          f"batch {r['batch_size']}")
     print(f"  tokens/s      {metrics.quantity(r['tokens_per_s'])}")
     print(f"  step time     {r['step_time_s']:.4f} s, median of {len(times)} ({times[0]:.4f} to {times[-1]:.4f})")
     print(f"  model FLOP/s  {metrics.quantity(r['flops_per_s'])}  (causal attention at half, no recomputation)")

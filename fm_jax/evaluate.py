@@ -3,7 +3,7 @@
     python -m fm_jax.evaluate --workdir runs/x
     python -m fm_jax.evaluate --workdir runs/x --tasks perplexity,next_sentence --limit 100
 
-Tasks: perplexity (bits per byte of the held-out text), next_sentence (3-shot multiple choice from it). Layer 5.
+Tasks: perplexity (bits per byte of the held-out text), next_sentence (multiple choice from it). Layer 5.
 """
 
 import json
@@ -15,8 +15,9 @@ from fm_jax import config as config_lib
 from fm_jax.errors import UserError, choose
 
 
-def evaluate(workdir, tasks: list[str], *, step: int | None = None, limit: int = 0, data: str = "") -> dict[str, dict]:
-    """Returns {task: metrics}, having written {task}.json with every sample to `workdir`/eval/STEP.
+def evaluate(workdir, tasks: list[str], *, num_fewshot: int = 3, step: int | None = None, limit: int = 0,
+             data: str = "") -> dict[str, dict]:
+    """Returns {task: metrics}, having written {task}_{num_fewshot}shot.json with every sample to `workdir`/eval/STEP.
 
     data: a prepared folder whose held-out text is used; default the run's own.
     """
@@ -42,9 +43,9 @@ def evaluate(workdir, tasks: list[str], *, step: int | None = None, limit: int =
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
     for name in tasks:
-        result = TASKS[name](lm, texts, limit)
-        about = {"step": step, "limit": limit, "data": text_of}
-        (folder / f"{name}.json").write_text(json.dumps(about | result._asdict()))
+        result = TASKS[name](lm, texts, limit, num_fewshot)
+        about = {"step": step, "limit": limit, "num_fewshot": num_fewshot, "data": text_of}
+        (folder / f"{name}_{num_fewshot}shot.json").write_text(json.dumps(about | result._asdict()))
         results[name] = result.metrics
     return results
 
@@ -52,6 +53,7 @@ def evaluate(workdir, tasks: list[str], *, step: int | None = None, limit: int =
 def _flags(fv):
     flags.DEFINE_string("workdir", None, "the run's folder", flag_values=fv, required=True)
     flags.DEFINE_list("tasks", ["perplexity", "next_sentence"], "tasks, separated by commas", flag_values=fv)
+    flags.DEFINE_integer("num_fewshot", 3, "worked examples before each question", flag_values=fv, lower_bound=0)
     flags.DEFINE_integer("step", None, "of the checkpoint; default the newest", flag_values=fv)
     flags.DEFINE_integer("limit", 0, "only the first so many documents or questions of each task; 0: all",
                          flag_values=fv, lower_bound=0)
@@ -60,7 +62,8 @@ def _flags(fv):
 
 
 def main(args):
-    results = evaluate(args.workdir, args.tasks, step=args.step, limit=args.limit, data=args.data)
+    results = evaluate(args.workdir, args.tasks, num_fewshot=args.num_fewshot, step=args.step, limit=args.limit,
+                       data=args.data)
     for task, found in results.items():
         for name, value in found.items():
             if not name.endswith("_stderr"):

@@ -259,11 +259,13 @@ class Block(nn.Module):
 
         def attend(x):
             nonlocal cache
-            y, cache = Attention(a, self.layout, name="attention")(x, inputs.masks[kind], inputs.ropes[kind], cache=cache)
+            own = Attention(a, self.layout, name="attention")
+            y, cache = own(x, inputs.masks[kind], inputs.ropes[kind], cache=cache)
             return y
 
         def cross(x):
-            return Attention(a, self.layout, cross=True, name="cross")(x, inputs.context_mask, None, inputs.context_BSD)[0]
+            other = Attention(a, self.layout, cross=True, name="cross")
+            return other(x, inputs.context_mask, None, inputs.context_BSD)[0]
 
         x, attended = sublayer(x_BTD, "attention", attend, keys[0])
         if a.cross_attention:

@@ -24,24 +24,24 @@ def report(workdir, prompts=PROMPTS, *, seed: int = 0) -> str:
     from fm_jax.evaluate import evaluate
 
     workdir = Path(workdir)
-    results = evaluate(workdir, ["perplexity", "next_sentence"])
+    ours = evaluate(workdir, ["perplexity"], num_fewshot=0)["perplexity"]["bits_per_byte"]
+    shots = {n: evaluate(workdir, ["next_sentence"], num_fewshot=n)["next_sentence"] for n in (0, 3)}
     lm = fm_jax.load(workdir)
     mixture = [folder for folder, _ in batches.parse_mixture(lm.config.data.train, "data.train")]
     train_texts = [t for folder in mixture for t in prepared.texts(folder, "train")]
     held_out = [t for folder in mixture for t in prepared.texts(folder, "validation")]
     others = {"gzip -9": baselines.gzip_bits_per_byte(held_out), "xz -9e": baselines.xz_bits_per_byte(held_out),
               f"order-{NGRAM_ORDER} n-gram": baselines.NGram(train_texts, NGRAM_ORDER).bits_per_byte(held_out)}
-    ours = results["perplexity"]["bits_per_byte"]
     plot = workdir / "loss.png"
     metrics.plot(workdir / "metrics.jsonl", plot, metric="bits_per_byte", baselines=others, title=str(workdir))
     size = sum(len(t.encode()) for t in held_out)
     lines = ["", f"Held-out text: {len(held_out)} documents, {size:,} bytes. Bits per byte, lower is better:"]
     ranked = sorted({**others, "this model": ours}.items(), key=lambda item: -item[1])
     lines += [f"  {name:<16} {value:.3f}" for name, value in ranked]
-    few = results["next_sentence"]
-    lines += ["", f"3-shot choice of a document's next sentence out of 4 (chance 0.25), {few['questions']} questions:",
-              f"  accuracy {few['acc']:.3f} +- {few['acc_stderr']:.3f}, by log-probability a character "
-              f"{few['acc_norm']:.3f} +- {few['acc_norm_stderr']:.3f}"]
+    lines += ["", f"Which of 4 sentences comes next in a document (chance 0.25), {shots[3]['questions']} questions,",
+              "by what the context adds to each sentence's log-probability:"]
+    lines += [f"  {n}-shot  accuracy {few['acc_mutual_info']:.3f} +- {few['acc_mutual_info_stderr']:.3f}"
+              for n, few in shots.items()]
     room = lm.objective.arch.max_seq_len - 32
     lines += ["", "Samples (temperature 0.8, top_p 0.95):"]
     for prompt, text in zip(prompts, lm.generate(list(prompts), max_new_tokens=min(60, room), temperature=0.8,

@@ -46,7 +46,8 @@ def score(objective, params, pairs, *, batch_size: int = 16) -> list[Score]:
     rows = []
     for context, continuation in pairs:
         if not 0 < len(continuation) <= longest:
-            raise UserError(f"a continuation of {len(continuation)} tokens must have 1 to {longest}, the model's context")
+            raise UserError(f"a continuation of {len(continuation)} tokens must have 1 to {longest}, the model's "
+                            "context")
         rows.append((np.array([*context, *continuation][-(longest + 1):], np.int32), len(continuation)))
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
     run, scores = jax.jit(objective.predict["score"]), {}

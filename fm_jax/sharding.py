@@ -139,8 +139,8 @@ def make_mesh(sizes, devices=None) -> Mesh:
     devices = list(devices if devices is not None else jax.devices())
     shape = _shape(sizes, len(devices), f"this machine ({devices[0].platform})")
     if math.prod(shape) < len(devices) and jax.process_count() > 1:
-        raise UserError(f"mesh {_text(shape)} leaves some of the {len(devices)} devices unused, which several processes "
-                        "cannot; change --config.mesh")
+        raise UserError(f"mesh {_text(shape)} leaves some of the {len(devices)} devices unused, which several "
+                        "processes cannot; change --config.mesh")
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES),
                          devices=devices[: math.prod(shape)])
 

@@ -62,7 +62,8 @@ class Program:
         if micro % parts:
             raise UserError(
                 f"config.batch_size={config.batch_size} in {config.accumulation_steps} microbatches of {micro} is not "
-                f"divisible by the mesh's data x fsdp = {parts}; take a multiple of {parts * config.accumulation_steps}")
+                f"divisible by the mesh's data x fsdp = {parts}; take a multiple of "
+                f"{parts * config.accumulation_steps}")
         boxed = jax.eval_shape(objective.init, jax.random.key(0))
         params, self.axes = sharding.unbox(boxed)
         self.tx, self.schedule = optim.make(

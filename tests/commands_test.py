@@ -174,17 +174,17 @@ def test_evaluate_writes_every_sample_and_prints_the_means(inline, run, data):
     code, out, err = inline("evaluate", f"--workdir={run}", "--limit=4")
     assert code == 0, err
     texts = list(prepared.texts(data, "validation"))
-    found = json.loads((run / "eval" / "12" / "perplexity.json").read_text())
+    found = json.loads((run / "eval" / "12" / "perplexity_3shot.json").read_text())
     assert found["step"] == 12 and found["limit"] == 4 and len(found["samples"]) == 4
     assert [s["bytes"] for s in found["samples"]] == [len(t.encode()) for t in texts[:4]]
     bits = -sum(s["logprob"] for s in found["samples"]) / sum(s["bytes"] for s in found["samples"]) / math.log(2)
     assert found["metrics"]["bits_per_byte"] == pytest.approx(bits)
     assert re.search(rf"^perplexity +bits_per_byte +{bits:.4f}$", out, re.MULTILINE)
-    few = json.loads((run / "eval" / "12" / "next_sentence.json").read_text())
+    few = json.loads((run / "eval" / "12" / "next_sentence_3shot.json").read_text())
     assert few["metrics"]["questions"] == 4 == len(few["samples"])
     assert re.search(rf"^next_sentence +acc +{few['metrics']['acc']:.4f} \+- ", out, re.MULTILINE)
     code, _, _ = inline("evaluate", f"--workdir={run}", "--tasks=perplexity", "--step=4", "--limit=1", f"--data={data}")
-    assert code == 0 and [p.name for p in (run / "eval" / "4").iterdir()] == ["perplexity.json"]
+    assert code == 0 and [p.name for p in (run / "eval" / "4").iterdir()] == ["perplexity_3shot.json"]
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -211,7 +211,7 @@ def test_report_compares_and_draws(inline, run):
     table = {name.strip(): float(bits) for name, bits in re.findall(r"^  (\S.{15}) (\d\.\d{3})$", out, re.MULTILINE)}
     assert set(table) == {"gzip -9", "xz -9e", "order-5 n-gram", "this model"}
     assert list(table.values()) == sorted(table.values(), reverse=True)
-    ours = json.loads((run / "eval" / "12" / "perplexity.json").read_text())["metrics"]["bits_per_byte"]
+    ours = json.loads((run / "eval" / "12" / "perplexity_0shot.json").read_text())["metrics"]["bits_per_byte"]
     assert table["this model"] == round(ours, 3)
     assert "accuracy" in out and "  > To be" in out and f"Run folder  {run}" in out
     assert f"Loss curve  {run / 'loss.png'}" in out and (run / "loss.png").read_bytes()[:4] == b"\x89PNG"

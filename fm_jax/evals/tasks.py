@@ -1,6 +1,6 @@
 """The named tasks of `python -m fm_jax.evaluate`, on a loaded language model and its held-out text. Layer 4.
 
-A task is a function (lm, texts, limit) -> Result. `texts`: the held-out documents.
+A task is a function (lm, texts, limit, num_fewshot) -> Result. `texts`: the held-out documents.
 """
 
 import math
@@ -13,7 +13,7 @@ import numpy as np
 from fm_jax import scoring
 from fm_jax.errors import UserError
 
-SHOTS = 3            # worked examples before each question of `next_sentence`
+SHOTS = 3            # worked examples before each question, unless said otherwise
 CHOICES = 4
 LONGEST_CHARS = 250  # of a sentence: four of them and their answers fit the quickstart's context
 
@@ -25,8 +25,11 @@ class Result(NamedTuple):
     samples: list[dict]
 
 
-def perplexity(lm, texts: list[str], limit: int = 0) -> Result:
-    """Returns bits per byte, and perplexity by byte and by word, of the documents, each from an empty context."""
+def perplexity(lm, texts: list[str], limit: int = 0, num_fewshot: int = 0) -> Result:
+    """Returns bits per byte, and perplexity by byte and by word, of the documents, each from an empty context.
+
+    `num_fewshot` has no meaning here.
+    """
     texts = texts[:limit] if limit else texts
     logprobs = scoring.score_texts(lm.objective, lm.params, lm.tokenizer, texts)
     nbytes = [len(t.encode()) for t in texts]
@@ -37,11 +40,11 @@ def perplexity(lm, texts: list[str], limit: int = 0) -> Result:
     return Result(metrics, [{"bytes": n, "logprob": l, "text": t[:80]} for t, n, l in zip(texts, nbytes, logprobs)])
 
 
-def next_sentence(lm, texts: list[str], limit: int = 0) -> Result:
-    """Returns how often the true second sentence of a document beats the second sentences of three others, 3-shot.
+def next_sentence(lm, texts: list[str], limit: int = 0, num_fewshot: int = SHOTS) -> Result:
+    """Returns how often the true second sentence of a document beats the second sentences of three others.
 
-    The prompt is three other documents' first two sentences, a blank line after each, then the first sentence. acc
-    compares log-probabilities, acc_norm log-probabilities by character. Chance is 1 in 4.
+    The prompt is `num_fewshot` other documents' first two sentences, a blank line after each, then the first
+    sentence. The questions do not depend on `num_fewshot`, up to SHOTS. Chance is 1 in 4.
 
     Raises:
       UserError: too few documents with two sentences.
@@ -51,36 +54,42 @@ def next_sentence(lm, texts: list[str], limit: int = 0) -> Result:
         found = re.split(r"(?<=[.!?])\s+", " ".join(text.split()))
         if len(found) >= 3 and all(20 <= len(s) <= LONGEST_CHARS for s in found[:2]):
             pairs.append(found[:2])
-    if len(pairs) < SHOTS + CHOICES:
-        raise UserError(f"next_sentence needs {SHOTS + CHOICES} held-out documents of three sentences or more, found "
+    kept = max(SHOTS, num_fewshot)
+    if len(pairs) < kept + CHOICES:
+        raise UserError(f"next_sentence needs {kept + CHOICES} held-out documents of three sentences or more, found "
                         f"{len(pairs)}; prepare the data with a larger --validation_frac")
-    shots = "".join(f"{a} {b}\n\n" for a, b in pairs[:SHOTS])
-    asked = pairs[SHOTS:][:limit] if limit else pairs[SHOTS:]
+    shots = "".join(f"{a} {b}\n\n" for a, b in pairs[:num_fewshot])
+    asked = pairs[kept:][:limit] if limit else pairs[kept:]
     rng = random.Random(0)
     samples = []
     for i, (first, second) in enumerate(asked):
-        others = rng.sample([b for j, (_, b) in enumerate(pairs[SHOTS:]) if j != i], CHOICES - 1)
+        others = rng.sample([b for j, (_, b) in enumerate(pairs[kept:]) if j != i], CHOICES - 1)
         choices = rng.sample([second, *others], CHOICES)
         samples.append({"context": shots + first, "choices": choices, "gold": choices.index(second)})
     return multiple_choice(lm, samples)
 
 
 def multiple_choice(lm, samples: list[dict]) -> Result:
-    """Returns acc and acc_norm of samples {"context", "choices", "gold"}, with standard errors where there are several.
+    """Returns accuracies of samples {"context", "choices", "gold"}, with standard errors where there are several.
 
-    Each choice follows its context and a space. Ties go to the first.
+    acc takes the choice with the largest log-probability after its context and a space, acc_norm by character,
+    acc_mutual_info after taking off its log-probability without a context. Ties go to the first.
     """
     contexts = [s["context"] for s in samples for _ in s["choices"]]
-    scores = iter(lm.score(contexts, [" " + c for s in samples for c in s["choices"]]))
-    done, hits, hits_norm = [], [], []
-    for s in samples:
-        logprobs = np.array([next(scores).logprob for _ in s["choices"]])
-        by_char = logprobs / [len(c) for c in s["choices"]]
-        hits.append(int(logprobs.argmax() == s["gold"]))
-        hits_norm.append(int(by_char.argmax() == s["gold"]))
-        done.append(s | {"logprobs": logprobs.tolist(), "acc": hits[-1], "acc_norm": hits_norm[-1]})
+    choices = [" " + c for s in samples for c in s["choices"]]
+    scores = iter(lm.score(contexts + [""] * len(choices), choices * 2))
+    given = [[next(scores).logprob for _ in s["choices"]] for s in samples]
+    alone = [[next(scores).logprob for _ in s["choices"]] for s in samples]
+    hits, done = {"acc": [], "acc_norm": [], "acc_mutual_info": []}, []
+    for s, logprobs, unconditional in zip(samples, np.array(given), np.array(alone)):
+        ranked = {"acc": logprobs, "acc_norm": logprobs / [len(c) for c in s["choices"]],
+                  "acc_mutual_info": logprobs - unconditional}
+        hit = {name: int(values.argmax() == s["gold"]) for name, values in ranked.items()}
+        done.append(s | {"logprobs": logprobs.tolist(), "unconditional": unconditional.tolist()} | hit)
+        for name in hits:
+            hits[name].append(hit[name])
     metrics = {}
-    for name, x in (("acc", hits), ("acc_norm", hits_norm)):
+    for name, x in hits.items():
         metrics[name] = float(np.mean(x))
         if len(x) > 1:
             metrics[f"{name}_stderr"] = float(np.std(x, ddof=1) / math.sqrt(len(x)))

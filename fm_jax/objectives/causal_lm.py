@@ -159,7 +159,7 @@ class CausalLM:
         last = jnp.take_along_axis(hidden, last_B[:, None, None], axis=1)
         return self.module.apply({"params": params}, last, method="logits")[:, 0], cache
 
-    # --- fill in the middle ---------------------------------------------------------------------------------------------
+    # --- fill in the middle ------------------------------------------------------------------------------------------
 
     def _fill_in_the_middle(self, tokens, segments, rng):
         """Returns the row with some documents reordered to predict a middle from both sides, lengths kept.

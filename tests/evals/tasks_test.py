@@ -14,14 +14,14 @@ from fm_jax.scoring import Score
 
 
 class Oracle:
-    """Stands for a loaded model; log-probabilities come from a function of (context, continuation)."""
+    """Stands for a loaded model; log-probabilities come from a function of (context, continuation), or its prior."""
 
-    def __init__(self, logprob):
-        self.logprob, self.asked = logprob, []
+    def __init__(self, logprob, prior=lambda continuation: 0.0):
+        self.logprob, self.prior, self.asked = logprob, prior, []
 
     def score(self, contexts, continuations):
         self.asked += zip(contexts, continuations)
-        return [Score(self.logprob(a, b), False, 1) for a, b in zip(contexts, continuations)]
+        return [Score(self.logprob(a, b) if a else self.prior(b), False, 1) for a, b in zip(contexts, continuations)]
 
 
 def test_multiple_choice_by_hand():
@@ -31,15 +31,17 @@ def test_multiple_choice_by_hand():
                {"context": "D", "choices": ["p", "qqq", "rr"], "gold": 2}]
     known = {("A", " xx"): -2, ("A", " yyyy"): -3, ("B", " xx"): -2, ("B", " yyyy"): -3, ("C", " xx"): -1,
              ("C", " yy"): -1, ("D", " p"): -9, ("D", " qqq"): -9, ("D", " rr"): -1}
-    lm = Oracle(lambda a, b: known[a, b])
+    # Without a context "xx" is so likely that "yyyy" gains more from each context.
+    lm = Oracle(lambda a, b: known[a, b], {" xx": -1, " yyyy": -9, " yy": -1, " p": -9, " qqq": -9, " rr": -1}.get)
     metrics, done = tasks.multiple_choice(lm, samples)
     assert metrics["acc"] == 3 / 4 and metrics["acc_norm"] == 3 / 4 and metrics["questions"] == 4
     assert [d["acc"] for d in done] == [1, 0, 1, 1] and [d["acc_norm"] for d in done] == [0, 1, 1, 1]
+    assert [d["acc_mutual_info"] for d in done] == [0, 1, 1, 0] and metrics["acc_mutual_info"] == 1 / 2
     # Source: the harness's mean_stderr, sample standard deviation over sqrt(n).
     assert metrics["acc_stderr"] == pytest.approx(math.sqrt(4 / 3 * 3 / 16) / math.sqrt(4))
-    assert done[0]["logprobs"] == [-2, -3] and lm.asked == list(known)
+    assert done[0]["logprobs"] == [-2, -3] and lm.asked[:len(known)] == list(known)
     one, _ = tasks.multiple_choice(lm, samples[:1])   # of one question there is no standard error, and no NaN for JSON
-    assert one == {"acc": 1.0, "acc_norm": 0.0, "questions": 1}
+    assert one == {"acc": 1.0, "acc_norm": 0.0, "acc_mutual_info": 0.0, "questions": 1}
 
 
 def documents(n):
@@ -64,6 +66,9 @@ def test_next_sentence_asks_what_it_says():
     assert len(set(golds)) == 4   # no place is favoured
     assert tasks.next_sentence(lm, texts).samples == result.samples   # the questions are fixed
     assert tasks.next_sentence(lm, texts, 5).metrics["questions"] == 5
+    zero = tasks.next_sentence(lm, texts, num_fewshot=0).samples   # the same questions, the shots left out
+    assert [(s["choices"], s["gold"]) for s in zero] == [(s["choices"], s["gold"]) for s in result.samples]
+    assert [s["context"] for s in zero] == [s["context"].split("\n\n")[-1] for s in result.samples]
 
 
 def test_an_oracle_is_always_right_and_its_opposite_never():
