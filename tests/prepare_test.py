@@ -83,9 +83,11 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(tmp_path, files, flags, 
 def test_an_interrupt_leaves_nothing(tmp_path, stage):
     """As a terminal does it: the signal goes to the workers too. Reading makes spool/, tokenizing train/."""
     (tmp_path / "x.jsonl").write_text(jsonl(150_000))
+    # A suite that a shell put into the background ignores SIGINT, and so would its children: a terminal's do not.
     process = subprocess.Popen([sys.executable, "-m", "fm_jax.prepare", "--source=x.jsonl", "--tokenizer=bytes",
                                 "--output=out", "--workers=2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
+                               start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while process.poll() is None and not list(tmp_path.glob(f".out.partial-*/{stage}")):
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGINT)
