@@ -78,10 +78,9 @@ def multiple_choice(lm, samples: list[dict]) -> Result:
     contexts = [s["context"] for s in samples for _ in s["choices"]]
     choices = [" " + c for s in samples for c in s["choices"]]
     scores = iter(lm.score(contexts + [""] * len(choices), choices * 2))
-    given = [[next(scores).logprob for _ in s["choices"]] for s in samples]
-    alone = [[next(scores).logprob for _ in s["choices"]] for s in samples]
+    given, alone = ([np.array([next(scores).logprob for _ in s["choices"]]) for s in samples] for _ in range(2))
     hits, done = {"acc": [], "acc_norm": [], "acc_mutual_info": []}, []
-    for s, logprobs, unconditional in zip(samples, np.array(given), np.array(alone)):
+    for s, logprobs, unconditional in zip(samples, given, alone):
         ranked = {"acc": logprobs, "acc_norm": logprobs / [len(c) for c in s["choices"]],
                   "acc_mutual_info": logprobs - unconditional}
         hit = {name: int(values.argmax() == s["gold"]) for name, values in ranked.items()}
