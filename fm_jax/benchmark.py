@@ -73,9 +73,6 @@ def _flags(fv):
 
 def main(args):
     from fm_jax import metrics
-    from fm_jax.step import keep_freed_memory
-
-    keep_freed_memory()
     r = benchmark(args.config, steps=args.steps, warmup_steps=args.warmup_steps)
     if args.json:
         print(json.dumps(r))

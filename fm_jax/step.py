@@ -7,8 +7,6 @@
 `train`, `plan` and `benchmark` all run this same compiled function.
 """
 
-import ctypes
-import sys
 from typing import Any
 
 from flax import struct
@@ -21,17 +19,6 @@ from fm_jax import optim, sharding
 from fm_jax.errors import UserError
 from fm_jax.objectives import Objective
 from fm_jax.sharding import Layout
-
-
-def keep_freed_memory() -> None:
-    """Returns nothing; on Linux, makes this process keep memory that it frees. For a `main` that trains on a CPU.
-
-    XLA:CPU allocates a step's temporaries anew each time. glibc gives such large blocks back to the kernel, which
-    clears every page again: 13% of a step of the GPT-2-like model of tests/peers (AMD EPYC, 2026-11-21).
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):   # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
-            libc.mallopt(option, value)
 
 
 @struct.dataclass

@@ -178,9 +178,6 @@ def _flags(fv):
 
 
 def main(args):
-    from fm_jax.step import keep_freed_memory
-
-    keep_freed_memory()
     train(args.config, args.workdir, profile_steps=args.profile)
 
 

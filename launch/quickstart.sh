@@ -5,6 +5,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-.cache/jax}
+# XLA:CPU allocates a step's temporaries anew each time; in huge pages that costs 512 times fewer page faults, 10% of a
+# step. glibc reads this at the start of a process.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 DATA=data/english RUN=runs/quickstart
 
 echo "== 1/3 data: English text and a tokenizer trained on it"
