@@ -115,15 +115,19 @@ class Writer:
 
     The file is one history: opened at step s, lines of later steps (of a run that was killed after its last
     checkpoint) are dropped, so that each step is there once.
+
+    Attributes:
+      start: {name: value} of the metrics that the file had of the step it was opened at.
     """
 
     def __init__(self, folder, step: int = 0, *, tensorboard: bool = True):
         """`step`: the run goes on from here; 0 for a new one."""
         self._file = self._board = None
-        if jax.process_index() != 0:
-            return
         path = pathlib.Path(folder) / "metrics.jsonl"
         kept = [row for row in read(path) if row["step"] <= step and step > 0] if path.exists() else []
+        self.start = {k: v for row in kept if row["step"] == step for k, v in row.items() if "/" in k}
+        if jax.process_index() != 0:
+            return
         new = path.with_name(path.name + ".new")
         with open(new, "w", encoding="utf-8") as f:
             f.writelines(json.dumps(row) + "\n" for row in kept)

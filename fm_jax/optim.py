@@ -248,18 +248,19 @@ class SkipState(NamedTuple):
 def skip_outliers(tx: optax.GradientTransformation, factor: float, warmup_steps: int) -> optax.GradientTransformation:
     """Returns `tx` that changes nothing in a step whose gradient norm exceeds `factor` times its running mean.
 
-    The mean is over the taken steps, an average of decay 0.98 without start-up bias; the first
-    `warmup_steps` taken steps are never skipped.
+    The mean is an average of decay 0.98 without start-up bias, in which a skipped step counts as one at the
+    limit: a norm that rises for good is followed in time, and an outlier moves it little. The first
+    `warmup_steps` steps, at least one, are never skipped.
     """
     def init(params):
         return SkipState(tx.init(params), jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
     def update(grads, state, params):
         norm = global_norm(grads)
-        take = (state.taken < warmup_steps) | (norm <= factor * state.mean_norm)
+        take = (state.taken < max(1, warmup_steps)) | (norm <= factor * state.mean_norm)
         updates, inner = tx.update(grads, state.inner, params)
         decay = jnp.minimum(0.98, state.taken / (state.taken + 1))   # a plain mean at first
-        mean = jnp.where(take, decay * state.mean_norm + (1 - decay) * norm, state.mean_norm)
+        mean = decay * state.mean_norm + (1 - decay) * jnp.where(take, norm, factor * state.mean_norm)
         updates = jax.tree.map(lambda u: jnp.where(take, u, 0), updates)
         inner = jax.tree.map(lambda a, b: jnp.where(take, a, b), inner, state.inner)
         return updates, SkipState(inner, mean, state.taken + take, state.skipped + ~take)

@@ -58,19 +58,23 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
         progress.note(f"all {config.steps} steps are done; a longer run: --config.steps=N")
 
     def validate(state, step):
+        """Returns the held-out means, written and shown; {} where the run is told to stop: that does not wait for them."""
         sums = metrics.Sums()
         for batch in held_out.iterate():
+            if stop:
+                return {}
             sums.add(jax.device_get(program.eval_step(program.eval_params(state), program.place(batch))))
         values = sums.take("validation/")
         text = ", ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in values.items())
         progress.note(f"step {step}: validation {text}")
+        writer.write(step, values)
         return values
 
     def log(late):
-        """Adds up a step's metrics; writes and shows their means every `log.every` steps."""
+        """Adds up a step's metrics; writes and shows their means every `log.every` steps. Returns a bad step as it is."""
         step, values = late
         if not values["finite"][0]:
-            return step
+            return late
         clock.tick(step + 1, tokens)
         train_sums.add(values)
         rate = clock.rate()
@@ -88,13 +92,16 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
     tokens = config.batch_size * objective.tokens_per_example
     flops = config.batch_size * objective.flops_per_example
     late, clock, train_sums, bad = metrics.Late(), metrics.Clock(), metrics.Sums(), None
-    last = here = {}   # validation metrics: the last ones, and those of the present step, which its checkpoint keeps
+    due = lambda section, step: section.every and step % section.every == 0 or step == config.steps
     began, traced_from = time.monotonic(), max(start, min(start + 10, config.steps - profile_steps))
     trace = metrics.profile(workdir / "profile", traced_from, profile_steps)
     with (metrics.Writer(workdir, start, tensorboard=config.log.tensorboard) as writer,
           checkpoint.Checkpoints(workdir, config.checkpoint) as checkpoints, stop_signals() as stop, trace as traced):
-        step = start
-        batch_at = data.iterate(start)
+        step, batch_at = start, data.iterate(start)
+        # Validation metrics: the last ones, and those of the present step, which its checkpoint keeps.
+        last = here = {k: v for k, v in writer.start.items() if k.startswith("validation/")}
+        if start and due(config.eval, start) and not last:   # a stop cut it short
+            last = here = validate(state, start)
         while step < config.steps and bad is None and not stop:
             traced(step, state.step)
             state, values = program.train_step(state, program.place(next(batch_at)), step)
@@ -103,28 +110,24 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
                 progress.note(f"first step after {time.monotonic() - began:.1f} s")
             before, step, here = late.push(step, values), step + 1, {}
             bad = log(before) if before else None
-            pending = [name for name, every in (("eval", config.eval.every), ("checkpoint", config.checkpoint.every))
-                       if every and step % every == 0 or step == config.steps]
-            if bad is None and pending:
+            if bad is None and (due(config.eval, step) or due(config.checkpoint, step)):
                 bad = log(late.flush())
                 with clock.pause():
-                    if bad is None and "eval" in pending:
-                        last = here = validate(state, step)
-                        writer.write(step, here)
-                    if bad is None and "checkpoint" in pending:
+                    if bad is None and due(config.eval, step):
+                        here = validate(state, step)
+                        last = here or last
+                    if bad is None and due(config.checkpoint, step):
                         checkpoints.save(step, state, here)
         before = late.flush()
         if before and bad is None:
             bad = log(before)
         if bad is not None:
-            checkpoints.save(bad, state)
+            checkpoints.save(bad[0], state)
             checkpoints.wait()
-            raise UserError(_report_bad_step(workdir, bad, step - 1, values, data))
+            raise UserError(_report_bad_step(workdir, *bad, step - 1, data))
         if stop:
             checkpoints.save(step, state, here)
         progress.close()
-        if start >= config.steps:
-            last = validate(state, step)
     if stop:
         progress.note(f"stopped by {stop[0]} after step {step}, which is saved; the same command continues from there")
         if stop[0] == "SIGINT":
@@ -132,8 +135,11 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
     return last
 
 
-def _report_bad_step(workdir, bad, seen, values, data):
-    """Returns the message about the step `bad`, having written its batch and numbers to `workdir`."""
+def _report_bad_step(workdir, bad, values, seen, data):
+    """Returns the message about the step `bad` with its metrics `values`, having written its batch to `workdir`.
+
+    `seen`: the last step that was started.
+    """
     import numpy as np
 
     folder = workdir / f"not_finite_{bad}"
@@ -141,7 +147,7 @@ def _report_bad_step(workdir, bad, seen, values, data):
     ids = data.ids(bad)
     np.savez(folder / "batch.npz", **data.batch(bad))
     numbers = {name: [str(x) for x in np.ravel(value)] for name, value in values.items()}
-    report = {"step": bad, "last_step_started": seen, "examples": ids.tolist(), "metrics_of_last_step": numbers}
+    report = {"step": bad, "last_step_started": seen, "examples": ids.tolist(), "metrics": numbers}
     (folder / "report.json").write_text(json.dumps(report, indent=1))
     return (f"loss or gradient not finite in step {bad} (steps {bad} to {seen} were not applied): batch {bad}, "
             f"examples {ids[0]} to {ids[-1]}; the state before it is saved as step {bad}, the batch in {folder}; lower "

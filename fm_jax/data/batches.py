@@ -108,11 +108,17 @@ def load_tokenizer(config) -> tokenizers.Tokenizer:
 
 
 def fingerprints(config) -> dict[str, str]:
-    """Returns {folder: fingerprint} of all prepared data that the run reads."""
+    """Returns {folder: fingerprint} of all prepared data that the run reads, in a mixture with its share."""
     mixtures = [parse_mixture(config.data.train, "data.train")]
     if config.data.validation:
         mixtures.append(parse_mixture(config.data.validation, "data.validation"))
-    return {folder: read_manifest(folder)["fingerprint"] for mixture in mixtures for folder, _ in mixture}
+    found = {}
+    for mixture in mixtures:
+        total = sum(weight for _, weight in mixture)
+        for folder, weight in mixture:
+            share = "" if len(mixture) == 1 else f" x {weight / total:.4f}"
+            found.setdefault(folder, read_manifest(folder)["fingerprint"] + share)
+    return found
 
 
 def parse_mixture(text: str, key: str) -> list[tuple[str, float]]:

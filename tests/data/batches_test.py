@@ -151,7 +151,10 @@ def test_an_error_in_a_worker_thread_reaches_the_caller(folder):
 
 def test_fingerprints_and_tokenizer_come_from_the_prepared_folders(folder):
     config = make_config(folder, "{0}/a:0.7,{0}/b:0.3")
-    assert fingerprints(config) == {f"{folder}/{n}": prepared.read_manifest(folder / n)["fingerprint"] for n in "ab"}
+    of = {n: prepared.read_manifest(folder / n)["fingerprint"] for n in "ab"}
+    assert fingerprints(config) == {f"{folder}/a": of["a"] + " x 0.7000", f"{folder}/b": of["b"] + " x 0.3000"}
+    assert fingerprints(make_config(folder, "{0}/a:7,{0}/b:3")) == fingerprints(config)   # the same proportions
+    assert fingerprints(make_config(folder, "{0}/a:7")) == {f"{folder}/a": of["a"]}
     assert load_tokenizer(config).vocab_size == 262
     config.data.tokenizer = f"{folder}/other/tokenizer"
     assert load_tokenizer(config).vocab_size == 290
