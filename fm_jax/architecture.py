@@ -88,7 +88,12 @@ class Architecture:
     def __post_init__(self):
         set_ = lambda name, value: object.__setattr__(self, name, value)
         set_("layer_pattern", tuple(self.layer_pattern))
-        set_("rope_scaling", {k: v for k, v in dict(self.rope_scaling).items()})
+        set_("rope_scaling", dict(self.rope_scaling))
+        for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "max_seq_len", "loss_chunk_tokens"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        for name in ("num_kv_heads", "head_dim", "mlp_dim", "window", "rope_local_theta", "attention_scale",
+                     "attention_softcap", "logit_softcap"):
+            _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "must be 0 or more")
         if not self.num_kv_heads:
             set_("num_kv_heads", self.num_heads)
         if not self.head_dim:
@@ -102,9 +107,8 @@ class Architecture:
     def _validate(self):
         for name, options in CHOICES.items():
             choose(getattr(self, name), options, f"model.{name}")
-        for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "mlp_dim", "max_seq_len",
-                     "loss_chunk_tokens"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        for name in ("norm_eps", "rope_theta"):
+            _require(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "must be positive")
         _require(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", self.num_kv_heads,
                  f"must divide num_heads={self.num_heads}")
         _require(len(self.layer_pattern) > 0, "layer_pattern", self.layer_pattern, "must name at least one layer")
@@ -118,8 +122,11 @@ class Architecture:
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
         scaling = self.rope_scaling.get("type", "none")
         choose(scaling, ("none", *ROPE_SCALINGS), "model.rope_scaling.type")
-        for key in self.rope_scaling:
-            choose(key, ("type", *ROPE_SCALINGS.get(scaling, {})), "model.rope_scaling")
+        known = ROPE_SCALINGS.get(scaling, {})
+        for key, value in self.rope_scaling.items():
+            choose(key, ("type", *known), "model.rope_scaling")
+            _require(key == "type" or type(value) in (int, float) and 0 <= value < float("inf") and (value or not known[key]),
+                     f"rope_scaling.{key}", value, "must be a positive number")
 
     @property
     def groups(self) -> int:
@@ -143,7 +150,7 @@ class Architecture:
         norm = D * (2 if self.norm_bias else 1)
         attention = D * (q + 2 * kv) + q * D
         attention += (q + 2 * kv) * self.qkv_bias + D * self.attention_out_bias
-        attention += {"none": 0, "head": 2 * self.head_dim, "full": q + kv}[self.qk_norm]
+        attention += {"none": 0, "head": 2 * self.head_dim, "full": q + kv}[self.qk_norm] * (norm // D)
         mlp = D * F * (3 if self.gated_mlp else 2) + (F * (2 if self.gated_mlp else 1) + D) * self.mlp_bias
         sublayers = 3 if self.cross_attention else 2
         layer = attention * (sublayers - 1) + mlp

@@ -7,7 +7,9 @@ Runs the train step of the config on random tokens, so that no data is needed. L
 """
 
 import json
+from pathlib import Path
 import resource
+import sys
 import time
 
 from absl import flags
@@ -18,8 +20,9 @@ from fm_jax import config as config_lib
 def benchmark(config, *, steps: int = 10, warmup_steps: int = 3, seed: int = 0) -> dict:
     """Returns the measured figures: rates and times are of the median step of `steps`.
 
-    peak_memory_bytes: the largest device's peak where the device counts it, else the process's resident peak
-    (which on a CPU is everything: libraries, program and arrays).
+    peak_memory_bytes: the largest device's peak where the device counts it, else the resident peak of the process
+    during the measured steps (which on a CPU is everything: libraries, program and arrays). A device's peak, and
+    that of a process elsewhere than on Linux, is since the start, initialisation and compilation included.
     """
     import jax
     import numpy as np
@@ -39,6 +42,8 @@ def benchmark(config, *, steps: int = 10, warmup_steps: int = 3, seed: int = 0) 
     batch = program.place(objective.random_batch(config.batch_size // jax.process_count(), rng))
     times, losses = [], []
     for step in range(warmup_steps + steps):
+        if step == warmup_steps:
+            reset = _reset_resident_peak()
         begin = time.perf_counter()
         state, values = program.train_step(state, batch, step)
         jax.block_until_ready((state, values))
@@ -57,10 +62,26 @@ def benchmark(config, *, steps: int = 10, warmup_steps: int = 3, seed: int = 0) 
         "tokens_per_s": tokens / step_time_s, "step_time_s": step_time_s,
         "step_times_s": times[warmup_steps:], "flops_per_s": flops / step_time_s,
         "mfu": metrics.mfu(tokens / step_time_s, flops / tokens, devices.size, metrics.peak_flops(devices.flat[0])),
-        "peak_memory_bytes": max(counted) if on_device else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "peak_memory_of": "largest device" if on_device else "process",
+        "peak_memory_bytes": max(counted) if on_device else _resident_peak_bytes(reset),
+        "peak_memory_of": "largest device" if on_device else "process in these steps" if reset else "process",
         "init_s": init_s, "first_step_s": times[0], "losses": losses,
     }
+
+
+def _reset_resident_peak() -> bool:
+    """Returns whether the kernel has set the process's resident peak back to what is resident now. See proc(5)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:   # not Linux, or not allowed: the peak is then since the start, and the result says so
+        return False
+    return True
+
+
+def _resident_peak_bytes(was_reset: bool) -> int:
+    if was_reset:
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _flags(fv):

@@ -3,6 +3,7 @@
     RUN/config.json                        the resolved config
     RUN/tokenizer/                         its files
     RUN/run.json                           tokenizer and data fingerprints; versions of code and libraries at each start
+    RUN/lock                               empty; held by the process that trains here
     RUN/checkpoints/STEP/params/           Orbax items: so that inference never reads the optimizer's state
                         /ema/              (where the run keeps one)
                         /optimizer/        step and opt_state
@@ -17,8 +18,10 @@ All processes of a multi-host run call these functions together and see the same
 """
 
 from concurrent import futures
+import contextlib
 import datetime
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -48,7 +51,8 @@ FORMAT = 1                # of meta.json
 PIECE_SHAPE = 16, 8191               # of 64-bit words
 BLOCK_BYTES = 16 * 8 * 16 * 8191     # 16 pieces have one checksum: threads share a large file, errors say where
 # What may change between two starts of one run, of the sections that otherwise must not.
-FIXED = ("objective", "objective_args", "model", "seed", "batch_size", "seq_len", "optimizer.name")
+FIXED = ("objective", "objective_args", "model", "seed", "batch_size", "seq_len", "optimizer.name",
+         "optimizer.moment_dtype")
 FREE = ("model.dtype", "model.remat", "model.scan_layers", "model.attention_kernel", "model.loss_chunk_tokens",
         "model.dropout")
 
@@ -56,41 +60,90 @@ FREE = ("model.dtype", "model.remat", "model.scan_layers", "model.attention_kern
 # --- The run folder
 
 
-def open_run(folder, config: ml_collections.ConfigDict, *, tokenizer=None, data: dict | None = None) -> None:
-    """Returns nothing; checks that `folder` can hold the run of `config`, and writes what describes it.
+@contextlib.contextmanager
+def lock(folder):
+    """Holds a run folder, made where it is not there, for one training run: a second one would destroy its files.
 
-    `tokenizer`: has `fingerprint` and `save(folder)`. `data`: {name: fingerprint}, JSON values.
-    Where the folder holds checkpoints already, its config is replaced by `config`.
+    The kernel lets go of `RUN/lock` when process 0 ends, however it ends.
 
     Raises:
-      UserError: the folder cannot be written, or holds checkpoints of a run with another model, objective,
-        batch size, seed, optimizer, tokenizer or data. Nothing is written then.
+      UserError: another process trains there, or the folder cannot be written.
+    """
+    folder, taken = _local(folder), False
+    with contextlib.ExitStack() as held:
+        if jax.process_index() == 0:
+            with _writable(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context(open(folder / "lock", "ab"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                taken = True
+            except OSError as e:   # some network file systems have no locks
+                print(f"{folder} cannot be locked ({e.strerror}): see to it that no other process trains there")
+        if jax.process_count() > 1:   # one verdict for all, or the others would wait for ever
+            taken = bool(multihost_utils.broadcast_one_to_all(np.int32(taken)))
+        if taken:
+            raise UserError(f"another process trains in {folder}: wait for its end, or take another --workdir")
+        yield
+
+
+def describe_run(folder, config: ml_collections.ConfigDict, step: int, *, tokenizer=None,
+                 data: dict | None = None) -> None:
+    """Returns nothing; writes what describes the run, after `start` has found where it begins: at `step`.
+
+    `tokenizer`: has `fingerprint` and `save(folder)`. `data`: {name: fingerprint}, JSON values.
+    Checkpoints of later steps, which are corrupt if `start` has passed over them, are renamed to STEP.corrupt.
+
+    Raises:
+      UserError: the folder cannot be written.
     """
     folder = _local(folder)
-    new = {"tokenizer": tokenizer and tokenizer.fingerprint, "data": data}
-    try:
-        run = json.loads((folder / "run.json").read_text()) if steps(folder) else {}
-        if run:
-            old, _ = config_lib.load(folder / "config.json")
-            lines = _config_difference(old, config)
-            lines += [f"{k}: {run[k]!r} -> {v!r}" for k, v in new.items()
-                      if v is not None and k in run and _values(run[k]) != _values(v)]
-            if lines:
-                raise UserError(f"{folder} holds a run with other settings ({_first(lines)}): take another --workdir, "
-                                f"with --config.checkpoint.continue_from={folder} to go on from that run's state")
-        _sync("run folder checked")   # no process writes before all have looked
+    _sync("run folder read")   # no process writes before all have looked
+    if jax.process_index() != 0:
+        return
+    with _writable(folder):
+        run = _read_run(folder) if steps(folder) else {}
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            config_lib.save(config, folder / "config.json.new")
-            os.replace(folder / "config.json.new", folder / "config.json")
-            if tokenizer is not None:
-                tokenizer.save(folder / "tokenizer")
-            run |= {k: v for k, v in new.items() if v is not None}
-            run["starts"] = [*run.get("starts", []), _versions()]
-            _write_json(folder / "run.json", run)
+        for path, aside in _set_aside(folder, step):
+            path.rename(aside)
+        config_lib.save(config, folder / "config.json.new")
+        os.replace(folder / "config.json.new", folder / "config.json")
+        if tokenizer is not None and run.get("tokenizer") != tokenizer.fingerprint:
+            tokenizer.save(folder / "tokenizer")
+        run |= _fingerprints(tokenizer, data) | {"starts": [*run.get("starts", []), _versions()]}
+        _write_json(folder / "run.json", run)
+
+
+@contextlib.contextmanager
+def _writable(folder):
+    try:
+        yield
     except OSError as e:
         raise UserError(f"--workdir={folder}: cannot be used ({e.strerror or e}: {e.filename}); name a folder that can "
                         "be written") from None
+
+
+def _set_aside(folder, step):
+    """Returns [(path, path it is to have)] of the checkpoints after `step`."""
+    free = lambda s: next(p for i in range(10**6)
+                          if not (p := folder / "checkpoints" / f"{s}.corrupt{i or ''}").exists())
+    return [(folder / "checkpoints" / str(s), free(s)) for s in steps(folder) if s > step]
+
+
+def _read_run(folder):
+    """Returns the contents of run.json, {} where there is none. Raises UserError where it is damaged."""
+    path = _local(folder) / "run.json"
+    try:
+        run = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as e:
+        run = e
+    if not isinstance(run, dict):
+        raise UserError(f"{path}: damaged ({run if isinstance(run, ValueError) else 'not a JSON object'}): put a copy "
+                        "back, or delete it to start without a check against that run's settings, tokenizer and data")
+    return run
 
 
 def _local(folder):
@@ -99,24 +152,14 @@ def _local(folder):
     return pathlib.Path(folder)
 
 
+def _fingerprints(tokenizer, data):
+    known = {"tokenizer": tokenizer and tokenizer.fingerprint, "data": data}
+    return {k: v for k, v in known.items() if v is not None}
+
+
 def _values(fingerprints):
     """Returns the fingerprints without their folders' names: data may move."""
     return list(fingerprints.values()) if isinstance(fingerprints, dict) else fingerprints
-
-
-def _config_difference(old, new):
-    fixed = lambda c: {k: v for k, v in _flatten(c.to_dict()).items()
-                       if k not in FREE and any(k == f or k.startswith(f + ".") for f in FIXED)}
-    old, new = fixed(old), fixed(new)
-    show = lambda c, k: repr(c[k]) if k in c else "unset"
-    return [f"{k}: {show(old, k)} -> {show(new, k)}" for k in sorted({*old, *new}) if show(old, k) != show(new, k)]
-
-
-def _flatten(nested, prefix=""):
-    flat = {}
-    for key, value in nested.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _versions():
@@ -185,18 +228,22 @@ def verify(folder, step: int, items: tuple[str, ...] = ("params", "ema", "optimi
 def restore(folder, step: int, abstract):
     """Returns the state at `step`: arrays of the shapes, dtypes and shardings of `abstract`.
 
-    `abstract`: a state of `jax.ShapeDtypeStruct` with shardings, of any mesh. The files are not verified here.
+    `abstract`: a state of `jax.ShapeDtypeStruct` with shardings, of any mesh. Where it has an average and the
+    checkpoint has none, the average is the parameters; the other way round, it is not read. The files are not
+    verified here.
 
     Raises:
       UserError: names, shapes or dtypes differ from the checkpoint's; the first ten are listed.
     """
     checkpoint = _local(folder) / "checkpoints" / str(step)
-    wanted = _items(abstract)
-    lines = tree.difference(_named(abstract), _stored(checkpoint, tuple(_all_items(checkpoint))))
+    wanted, has_ema = _items(abstract), (checkpoint / "ema").is_dir()
+    there = {name: name if name != "ema" or has_ema else "params" for name in wanted}
+    lines = tree.difference(_named(abstract if has_ema else abstract.replace(ema=None)),
+                            _stored(checkpoint, set(there.values())))
     if lines:
         raise UserError(f"{checkpoint} is a checkpoint of another model or optimizer, as these differ: "
                         + "; ".join(lines))
-    read = {name: _read_item(checkpoint / name, item) for name, item in wanted.items()}
+    read = {name: _read_item(checkpoint / there[name], item) for name, item in wanted.items()}
     return abstract.replace(params=read["params"], ema=read.get("ema"), **read["optimizer"])
 
 
@@ -211,29 +258,21 @@ def restore_params(folder, step: int | None = None, abstract=None, *, ema: bool 
       UserError: no checkpoint there, it is corrupt, or lacks a parameter of that shape.
     """
     folder = _local(folder)
-    there = steps(folder)
-    if not there:
-        raise UserError(f"{folder}: no checkpoints here" + ("" if folder.is_dir() else " (no such folder)"))
+    there = _some_steps(folder)
     step = there[-1] if step is None else choose(step, there, f"checkpoints of {folder}")
     checkpoint = folder / "checkpoints" / str(step)
-    item = "ema" if ema and (checkpoint / "ema").is_dir() else "params"
+    item = _params_item(checkpoint, ema)
     problem = verify(folder, step, (item,))
     if problem:
         raise UserError(f"{checkpoint} is corrupt: {problem}; steps here: {', '.join(map(str, there))}")
-    if abstract is None:
-        return _read_item(checkpoint / item, None)
-    found = _stored(checkpoint, (item,), prefix="")
-    wanted = {n: jax.ShapeDtypeStruct(a.shape, found[n].dtype if n in found else a.dtype)
-              for n, a in tree.flatten(abstract).items()}
-    lines = tree.difference(wanted, {n: found[n] for n in wanted if n in found})
-    if lines:
-        raise UserError(f"{checkpoint} is a checkpoint of another model, as these parameters differ: "
-                        + "; ".join(lines))
-    return _read_item(checkpoint / item, abstract)
+    return _read_params(checkpoint / item, abstract)
 
 
-def start(folder, config: ml_collections.ConfigDict, abstract, init):
-    """Returns (state, line): the state a run begins with, and where it came from, for the user.
+def start(folder, config: ml_collections.ConfigDict, abstract, init, *, axes=None, tokenizer=None,
+          data: dict | None = None):
+    """Returns (state, its step, line): what a run begins with, and where it came from, for the user. Writes nothing.
+
+    The step is a number of the host: a fresh state may still be in the making on the device.
 
     Whichever comes first:
       1. this run's newest checkpoint, if the folder has any: the run continues;
@@ -242,42 +281,94 @@ def start(folder, config: ml_collections.ConfigDict, abstract, init):
          average, if it keeps one), step 0;
       4. `init()`: all fresh.
     `abstract`: the state as `jax.ShapeDtypeStruct` with shardings; `init()`: a fresh state of these.
+    `axes`: logical axes of the parameters. `tokenizer`, `data`: as in `describe_run`; None is not compared.
 
     Raises:
       UserError: the newest checkpoint is corrupt, unless `on_corrupt` is "previous"; then the newest good one
-        serves, and a corrupt one of this run is renamed to STEP.corrupt. Or it is of another architecture.
+        serves. Or it is of another architecture. Or this run has had another model, objective, batch size, seed,
+        optimizer, tokenizer or data; `continue_from`, another objective or tokenizer; `init_from`, another
+        tokenizer, while a parameter with a vocabulary axis would come from it.
     """
     folder, options = _local(folder), config.checkpoint
-    choose(options.on_corrupt, ("stop", "previous"), "config.checkpoint.on_corrupt")
     if steps(folder):
-        step, note = _newest_good(folder, options.on_corrupt, set_aside=True)
-        return restore(folder, step, abstract), f"continuing {folder} from step {step}{note}"
+        note = _check_same(folder, config, FIXED, tokenizer, data, remedy=(
+            f"take another --workdir, with --config.checkpoint.continue_from={folder} to go on from that run's state, "
+            "or init_from to begin with its parameters"))
+        state, step, more = _continued(folder, options.on_corrupt, abstract)
+        aside = ", ".join(new.name for _, new in _set_aside(folder, step))
+        return state, step, f"continuing {folder} from step {step}{note}{more}" + (f", now {aside}" if aside else "")
     if options.continue_from:
-        step, note = _newest_good(options.continue_from, options.on_corrupt)
-        return (restore(options.continue_from, step, abstract),
-                f"continuing from step {step} of {options.continue_from} (checkpoint.continue_from){note}")
+        note = _check_same(options.continue_from, config, ("objective",), tokenizer, remedy=(
+            "its state cannot go on in this one; --config.checkpoint.init_from takes parameters alone"))
+        state, step, more = _continued(options.continue_from, options.on_corrupt, abstract)
+        line = f"continuing from step {step} of {options.continue_from} (checkpoint.continue_from){note}{more}"
+        return state, step, line
     if options.init_from:
-        step, note = _newest_good(options.init_from, options.on_corrupt)
+        item = lambda checkpoint: _params_item(checkpoint, ema=True)
+        step, note = _newest_good(options.init_from, options.on_corrupt, lambda checkpoint: (item(checkpoint),))
         chosen = tree.flatten(tree.mask(abstract.params, [options.init_pattern], "config.checkpoint.init_pattern"))
         wanted = {n: a for n, a in tree.flatten(abstract.params).items() if chosen[n]}
-        read = tree.flatten(restore_params(options.init_from, step, _nest(wanted), ema=True))
+        note += _check_vocabulary(options.init_from, wanted, axes, tokenizer)
+        checkpoint = _local(options.init_from) / "checkpoints" / str(step)
+        read = tree.flatten(_read_params(checkpoint / item(checkpoint), _nest(wanted)))
         state = init()
         state = state.replace(params=tree.map_named(lambda n, p: read.get(n, p), state.params))
         if state.ema is not None:   # copies: a donated buffer must not be in the state twice
             state = state.replace(ema=tree.map_named(lambda n, p: jnp.copy(read[n]) if n in read else p, state.ema))
-        return state, (f"step 0 with {len(read)} of {len(chosen)} parameters from step {step} of {options.init_from} "
-                       f"(checkpoint.init_from), the others fresh{note}")
-    return init(), f"fresh start, seed {config.seed}"
+        return state, 0, (f"step 0 with {len(read)} of {len(chosen)} parameters from step {step} of {options.init_from} "
+                          f"(checkpoint.init_from), the others fresh{note}")
+    return init(), 0, f"fresh start, seed {config.seed}"
 
 
-def _newest_good(folder, on_corrupt, set_aside=False):
-    """Returns (step, note on corrupt ones). Raises UserError where there is none, or the newest is corrupt."""
-    folder = _local(folder)
-    there, corrupt = steps(folder), []
-    if not there:
-        raise UserError(f"{folder}: no checkpoints here" + ("" if folder.is_dir() else " (no such folder)"))
-    for step in reversed(there):
-        problem = verify(folder, step)
+def _check_same(folder, config, sections, tokenizer, data=None, *, remedy):
+    """Returns a note where nothing is there to compare. Raises UserError where the run in `folder` differs."""
+    run = _read_run(folder)
+    if not run:
+        return "; it has no run.json: its settings, tokenizer and data are not compared"
+    old, new = (tree.flatten(c.to_dict(), is_leaf=lambda value: not isinstance(value, dict))
+                for c in (config_lib.load(_local(folder) / "config.json")[0], config))
+    keys = [k for k in sorted({*old, *new}) if k not in FREE and f"{k}.".startswith(tuple(f"{s}." for s in sections))]
+    show = lambda c, k: repr(c[k]) if k in c else "unset"
+    lines = [f"{k}: {show(old, k)} -> {show(new, k)}" for k in keys if show(old, k) != show(new, k)]
+    lines += [f"{k}: {run[k]!r} -> {v!r}" for k, v in _fingerprints(tokenizer, data).items()
+              if k in run and _values(run[k]) != _values(v)]
+    if lines:
+        raise UserError(f"{folder} holds a run with other settings ({_first(lines)}): {remedy}")
+    return ""
+
+
+def _check_vocabulary(folder, wanted, axes, tokenizer):
+    """Returns a note where another tokenizer made no difference. Raises UserError where its ids would change sense."""
+    old = _read_run(folder).get("tokenizer")
+    if tokenizer is None or old == tokenizer.fingerprint:
+        return ""
+    if old is None:
+        return "; its tokenizer is not known, and not compared"
+    axes = tree.flatten(axes, is_leaf=lambda a: isinstance(a, tuple))
+    tables = [n for n in wanted if "vocab" in axes[n]]
+    if tables:
+        raise UserError(f"checkpoint.init_from={folder} had another tokenizer ({old!r} -> {tokenizer.fingerprint!r}), "
+                        f"so the rows of {', '.join(tables)} stand for other tokens: leave that out by "
+                        "--config.checkpoint.init_pattern, or prepare the data with that run's tokenizer")
+    return "; its tokenizer was another"
+
+
+def _continued(folder, on_corrupt, abstract):
+    """Returns (state, step, note) of the newest good checkpoint of a run, its average as `abstract` wants it."""
+    step, note = _newest_good(folder, on_corrupt, lambda _: tuple(_items(abstract)))
+    has_ema = (_local(folder) / "checkpoints" / str(step) / "ema").is_dir()
+    if has_ema and abstract.ema is None:
+        note += "; its average of the parameters is not read (optimizer.ema_decay=0)"
+    if not has_ema and abstract.ema is not None:
+        note += "; it has no average of the parameters: that starts from them"
+    return restore(folder, step, abstract), step, note
+
+
+def _newest_good(folder, on_corrupt, items):
+    """Returns (step, note on corrupt ones); verified are `items(path)`. Raises UserError if none, or newest corrupt."""
+    folder, corrupt = _local(folder), []
+    for step in reversed(_some_steps(folder)):
+        problem = verify(folder, step, items(folder / "checkpoints" / str(step)))
         if not problem:
             break
         corrupt.append((step, problem))
@@ -289,22 +380,13 @@ def _newest_good(folder, on_corrupt, set_aside=False):
     if on_corrupt == "stop":
         raise UserError(f"{what}; the newest good one is step {step}: add --config.checkpoint.on_corrupt=previous "
                         "to use it")
-    if set_aside:
-        names = []
-        for s, _ in corrupt:
-            names.append(next(n for i in range(len(there) + 1000)
-                              if not (folder / "checkpoints" / (n := f"{s}.corrupt{i or ''}")).exists()))
-        _sync("corrupt checkpoints named")
-        if jax.process_index() == 0:
-            for (s, _), name in zip(corrupt, names):
-                (folder / "checkpoints" / str(s)).rename(folder / "checkpoints" / name)
-        _sync("corrupt checkpoints set aside")
-        what += f", now {', '.join(names)}"
     return step, f"; {what}"
 
 
-def _all_items(checkpoint):
-    return [item for item in ("params", "ema", "optimizer") if (checkpoint / item).is_dir()]
+def _some_steps(folder):
+    if not (there := steps(folder)):
+        raise UserError(f"{folder}: no checkpoints here" + ("" if folder.is_dir() else " (no such folder)"))
+    return there
 
 
 def _items(state):
@@ -313,18 +395,36 @@ def _items(state):
     return items if state.ema is None else items | {"ema": state.ema}
 
 
+def _params_item(checkpoint, ema):
+    return "ema" if ema and (checkpoint / "ema").is_dir() else "params"
+
+
 def _named(state):
     return tree.flatten({"step": state.step, "params": state.params, "opt_state": state.opt_state, "ema": state.ema})
 
 
-def _stored(checkpoint, items, prefix=None):
+def _stored(checkpoint, items):
     """Returns {dotted name in the state: metadata with shape and dtype} of what a checkpoint holds."""
-    named = {}
-    for item in items:
-        stored = tree.flatten(_handler().metadata(epath.Path(checkpoint.absolute() / item)).tree)
-        before = ("" if item == "optimizer" else item + ".") if prefix is None else prefix
-        named |= {before + n: leaf for n, leaf in stored.items()}
-    return named
+    return {("" if item == "optimizer" else item + ".") + n: leaf
+            for item in items for n, leaf in tree.flatten(_metadata(checkpoint / item)).items()}
+
+
+def _metadata(path):
+    return _handler().metadata(epath.Path(path.absolute())).tree
+
+
+def _read_params(path, abstract):
+    """Returns parameters as `restore_params`, from the item at `path`."""
+    if abstract is None:
+        return _read_item(path, None)
+    found = tree.flatten(_metadata(path))
+    wanted = {n: jax.ShapeDtypeStruct(a.shape, found[n].dtype if n in found else a.dtype)
+              for n, a in tree.flatten(abstract).items()}
+    lines = tree.difference(wanted, {n: found[n] for n in wanted if n in found})
+    if lines:
+        raise UserError(f"{path.parent} is a checkpoint of another model, as these parameters differ: "
+                        + "; ".join(lines))
+    return _read_item(path, abstract)
 
 
 def _read_item(path, abstract):
@@ -332,8 +432,7 @@ def _read_item(path, abstract):
     path = path.absolute()   # Orbax takes no other
     with ocp.Checkpointer(_handler()) as reader:
         if abstract is None:
-            stored = _handler().metadata(epath.Path(path)).tree
-            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _metadata(path))
             return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=how))
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         placed = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or device)
@@ -373,8 +472,7 @@ class Checkpoints:
         self._deleting = None     # future of the folders being deleted
         self._versions = _versions()
         self._deleter = futures.ThreadPoolExecutor(1, "delete_checkpoints")
-        # Orbax logs the traceback of every thread of a failed save, which `wait` raises anyway.
-        logging.getLogger("absl").addFilter(_raised_anyway)
+        self._unhide = _hide_what_wait_raises()
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._delete([d for d in self._folder.iterdir() if ".orbax-checkpoint-tmp" in d.name
@@ -432,7 +530,7 @@ class Checkpoints:
             self.wait()
         finally:
             self._deleter.shutdown(wait=True)
-            logging.getLogger("absl").removeFilter(_raised_anyway)
+            self._unhide()
         if self._deleting:
             self._deleting.result()
 
@@ -466,6 +564,7 @@ class Checkpoints:
     def _failed(self, error):
         """Returns the exception that tells of `error`, after removing what was written of the step."""
         step, self._saving = self._saving, None
+        self._unhide = lambda: None   # the last threads may end after this run
         if jax.process_index() == 0:
             for leftover in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -589,5 +688,22 @@ def _sync(name):
         multihost_utils.sync_global_devices(name)
 
 
-def _raised_anyway(record):
-    return not (record.levelno == logging.ERROR and record.exc_info and "orbax" in record.pathname)
+def _hide_what_wait_raises():
+    """Keeps hundreds of lines about one full disk off the terminal, and returns a function that ends this.
+
+    Orbax logs the traceback of every thread and task of a failed save, and closes its event loop at the first error;
+    TensorStore reports each later one as an error of that loop.
+    """
+    wanted = lambda record: not (record.levelno == logging.ERROR and record.exc_info
+                                 and "orbax" in record.pathname + record.getMessage())
+    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+    for logger in loggers:
+        logger.addFilter(wanted)
+    sys.unraisablehook = lambda error: None if str(error.exc_value) == "Event loop is closed" else hook(error)
+
+    def unhide():
+        sys.unraisablehook = hook
+        for logger in loggers:
+            logger.removeFilter(wanted)
+
+    return unhide

@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -98,7 +99,7 @@ def defaults() -> ml_collections.ConfigDict:
     k.init_pattern = ".*"                # which parameters `init_from` gives (full match)
 
     c.eval = e = ml_collections.ConfigDict()
-    e.every = _either("10%")             # steps between validations
+    e.every = _either("10%")             # steps between validations; the last step has one too. 0: none at all
     e.batches = 0                        # validation batches; 0: the whole held-out split
 
     c.log = g = ml_collections.ConfigDict()
@@ -156,7 +157,7 @@ def _parse_duration(value, what):
     """Returns (number, unit), unit one of "step", "token", "example", "epoch", "%"."""
     match = re.fullmatch(r"\s*([0-9][0-9_]*\.?[0-9]*(?:e\+?[0-9]+)?)\s*(%|[a-z]*)\s*", str(value))
     unit = match and (match[2] or "step").removesuffix("s")
-    if isinstance(value, bool) or unit not in ("step", "token", "example", "epoch", "%"):
+    if isinstance(value, bool) or unit not in ("step", "token", "example", "epoch", "%") or float(match[1]) > 1e18:
         raise UserError(f"{what}={value!r}: expected 1000, '1000 steps', '2e9 tokens', '5000 examples', '3 epochs' "
                         "or '2%'")
     return float(match[1]), unit
@@ -175,6 +176,11 @@ def from_file(spec: str, overrides=None) -> ml_collections.ConfigDict:
     module, path, arg = _load_file(spec)
     if not hasattr(module, "get_config"):
         raise UserError(f"{path}: a config file must define get_config(arg)")
+    try:
+        inspect.signature(module.get_config).bind(*arg)
+    except TypeError as e:
+        raise UserError(f"--config={spec}: get_config() of {path} and the argument {arg[0] if arg else ''!r} after the "
+                        f"colon do not go together ({e})") from None
     try:
         config = module.get_config(*arg)
     except (AttributeError, KeyError, TypeError) as e:
@@ -197,26 +203,6 @@ def sweep(spec: str) -> list[tuple[str, ml_collections.ConfigDict]]:
                         "{'optimizer.learning_rate': 1e-3}")
     name = lambda changes: re.sub(r"[^\w.,=+-]+", "_", ",".join(f"{k.split('.')[-1]}={v}" for k, v in changes.items()))
     return [(name(changes), from_file(spec, changes)) for changes in module.sweep()]
-
-
-def parse_arg(arg: str, **defaults) -> dict:
-    """Returns `defaults` updated from `arg`, text such as "small,seq_len=512,packed".
-
-    The first bare word is the value of the first default; a later one switches on a default that
-    is False. Values take the types of their defaults.
-
-    Raises: UserError where a name is not among `defaults` or a value does not have its type.
-    """
-    settings = dict(defaults)
-    for i, item in enumerate(filter(None, arg.split(","))):
-        key, is_pair, value = item.partition("=")
-        if not is_pair and settings.get(key) is False:
-            value = "true"
-        elif not is_pair and i == 0:
-            key, value = next(iter(defaults)), item
-        choose(key, tuple(defaults), f"config argument {arg!r}")
-        settings[key] = _convert(value, defaults[key], type(defaults[key]), f"config argument {key}")
-    return settings
 
 
 def override(config: ml_collections.ConfigDict, changes) -> ml_collections.ConfigDict:
@@ -265,7 +251,8 @@ def resolve(config: ml_collections.ConfigDict, *, examples_per_epoch: int | None
     for key in ("data.prefetch_batches", "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.eps",
                 "optimizer.learning_rate", "optimizer.muon_learning_rate", "checkpoint.keep_every",
                 "checkpoint.keep_best", "eval.batches", "health.skip_grad_norm_factor"):
-        require(key, lambda v: v >= 0, "must not be negative")
+        require(key, lambda v: 0 <= v < float("inf"), "must be 0 or more, and finite")
+    require("seed", lambda v: 0 <= v < 2 ** 32, "must be from 0 to 2**32 - 1")
     for key in ("optimizer.b1", "optimizer.b2", "optimizer.ema_decay"):
         require(key, lambda v: 0 <= v < 1, "must be in [0, 1)")
     require("optimizer.final_learning_rate_frac", lambda v: 0 <= v <= 1, "must be in [0, 1]")
@@ -336,6 +323,7 @@ def _load_file(spec):
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or "."
         folders = [folder] if os.path.isdir(folder) else [d.name for d in os.scandir(".") if d.is_dir()]
+        folders = [d for d in folders if os.access(d, os.R_OK)]
         names = [os.path.normpath(os.path.join(d, n)) for d in folders for n in os.listdir(d) if n.endswith(".py")]
         near = difflib.get_close_matches(path, names, n=1, cutoff=0.5)
         raise UserError(f"--config: no file {path!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
@@ -378,7 +366,7 @@ def _convert(value, current, kind, what):
             raise TypeError
         if kind is tuple and current and not all(isinstance(v, type(current[0])) for v in converted):
             raise TypeError
-    except (ValueError, TypeError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, OverflowError, AttributeError):
         names = {object: "int or text", tuple: "tuple", ml_collections.ConfigDict: "dict"}
         expected = names.get(kind, kind.__name__)
         if kind is tuple and current:

@@ -24,6 +24,14 @@ class Sampling(NamedTuple):
     top_p: float = 1.0         # only the most likely tokens that together reach this probability
     vocab_size: int = 0        # only ids below it, where the tokenizer has fewer than the model; 0: all
 
+    def check(self) -> None:
+        """Returns nothing. Raises UserError for a value that is outside what it can mean."""
+        for name, ok, rule in (("temperature", 0 <= self.temperature < float("inf"), "a number of at least 0"),
+                               ("top_k", self.top_k >= 0, "at least 0 (0: all tokens)"),
+                               ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (1: all tokens)")):
+            if not ok:
+                raise UserError(f"{name}={getattr(self, name)} must be {rule}")
+
 
 def sample(logits_BV, seeds_B, positions_B, sampling: Sampling):
     """Returns the next token of each row, int32 [B]. top_k cuts first, then temperature, then top_p.
@@ -74,8 +82,9 @@ def generate(objective, params, prompts: list[np.ndarray], *, max_new_tokens: in
     seeds: uint32, one a prompt; default 0, 1, 2, ...
 
     Raises:
-      UserError: an empty prompt, or a max_new_tokens that leaves no place for one.
+      UserError: an empty prompt, a max_new_tokens that leaves no place for one, or `Sampling.check`.
     """
+    sampling.check()
     arch = objective.arch
     room = arch.max_seq_len - max_new_tokens
     if max_new_tokens < 1 or room < 1:

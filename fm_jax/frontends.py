@@ -57,10 +57,7 @@ class TokenEmbed(nn.Module):
 
     def logits(self, x_BTD):
         """Returns float32 logits [B, T, V]."""
-        flat = kernels.linear(x_BTD, self.head.T)
-        logits = flat.astype(jnp.float32)
-        cap = self.arch.logit_softcap
-        return cap * jnp.tanh(logits / cap) if cap else logits
+        return kernels.logits(x_BTD, self.head, softcap=self.arch.logit_softcap)
 
     def losses(self, x_BTD, labels_BT):
         """Returns float32 (nll, lse, correct) [B, T] of the labels, without ever holding all logits."""

@@ -126,8 +126,9 @@ def attention(q_BTKGH, k_BSKH, v_BSKH, mask: Mask, *, scale: float, softcap: flo
     """Returns the attention output [B, T, K, G, H] in q's dtype; scores and softmax in float32.
 
     kernel: "reference" builds all scores; "chunked" goes by blocks of queries, skips keys that no query
-    of the block sees, and recomputes scores in the backward pass: memory grows with T, not T x S.
-    "auto" is chunked wherever it applies and pays.
+    of the block sees, and recomputes scores in the backward pass: the scores of one block exist at a time,
+    QUERY_CHUNK x S of each head, and from T = 2,048 on T x S / MOST_QUERY_CHUNKS. "auto" is chunked wherever
+    it applies and pays.
 
     Raises:
       UserError: "chunked" for queries and keys with index arrays (a cache), which it cannot serve.
@@ -235,6 +236,16 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 # --- cross-entropy ----------------------------------------------------------------------------------------------------
 
+def logits(x, table_VD, *, softcap: float = 0.0):
+    """Returns float32 softcap(x . table) [..., V] of x [..., D]: products in x's dtype, added up in float32.
+
+    Rounding the sums to bfloat16 would make ties at the top of one row in thirty (vocabulary of 8,192).
+    """
+    flat = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), table_VD.astype(x.dtype), (((1,), (1,)), ((), ())),
+                               preferred_element_type=jnp.float32)
+    return _scores(flat, 1.0, softcap).reshape(*x.shape[:-1], -1)
+
+
 def cross_entropy(x_BTD, table_VD, labels_BT, *, softcap: float = 0.0, chunk_length: int = 0):
     """Returns float32 (nll, lse, correct), each [B, T], of logits = softcap(x . table), by pieces of the sequence.
 
@@ -282,11 +293,9 @@ def _whole(chunks, shape):
 
 def _logits(x, table, labels, softcap):
     """Returns float32 logits [B, c, V] of one chunk x [B, c, D], and bool [B, c, V], where the label is."""
-    flat = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), table.astype(x.dtype), (((1,), (1,)), ((), ())),
-                               preferred_element_type=jnp.float32)
-    logits = _scores(flat, 1.0, softcap).reshape(*x.shape[:2], -1)
+    made = logits(x, table, softcap=softcap)
     # A comparison, not a gather: it stays local where the vocabulary is sharded.
-    return logits, jnp.arange(logits.shape[-1]) == labels[..., None]
+    return made, jnp.arange(made.shape[-1]) == labels[..., None]
 
 
 def _losses(logits, hit):

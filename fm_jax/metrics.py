@@ -12,12 +12,13 @@ Try:  python -c "from fm_jax import metrics; metrics.plot('runs/x/metrics.jsonl'
 
 import collections
 import contextlib
-import dataclasses
 import json
 import math
 import os
 import pathlib
 import shutil
+import socket
+import struct
 import sys
 import time
 
@@ -114,65 +115,95 @@ class Writer:
     """Writes a run's metrics to `metrics.jsonl` and `tensorboard/` of its folder. Only process 0 writes.
 
     The file is one history: opened at step s, lines of later steps (of a run that was killed after its last
-    checkpoint) are dropped, so that each step is there once.
+    checkpoint) are dropped, so that each step is there once. Made, it has only read the file; entered, it writes.
+
+    Both files grow by whole records, written before `write` returns. tensorboardX's own writer is a thread behind a
+    queue: on a full disk the thread dies, the queue fills, and the run hangs.
 
     Attributes:
       start: {name: value} of the metrics that the file had of the step it was opened at.
     """
 
     def __init__(self, folder, step: int = 0, *, tensorboard: bool = True):
-        """`step`: the run goes on from here; 0 for a new one."""
+        """`step`: the run goes on from here; 0 for a new one. Raises UserError where the file is broken."""
+        self._folder, self._step, self._tensorboard = pathlib.Path(folder), step, tensorboard
+        self._path = self._folder / "metrics.jsonl"
+        rows = read(self._path) if step > 0 and self._path.exists() else []
+        self._kept = [row for row in rows if row["step"] <= step]
+        self.start = {k: v for row in self._kept if row["step"] == step for k, v in row.items() if "/" in k}
         self._file = self._board = None
-        path = pathlib.Path(folder) / "metrics.jsonl"
-        kept = [row for row in read(path) if row["step"] <= step and step > 0] if path.exists() else []
-        self.start = {k: v for row in kept if row["step"] == step for k, v in row.items() if "/" in k}
-        if jax.process_index() != 0:
-            return
-        new = path.with_name(path.name + ".new")
-        with open(new, "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(row) + "\n" for row in kept)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(new, path)
-        self._file = open(path, "ab", buffering=0)   # a kill loses no line that was written
-        if tensorboard:
-            import tensorboardX   # protobuf: 0.2 s that evaluation and tests need not pay
 
-            # purge_step hides what an earlier start has written from that step on. The suffix: files are named by
-            # the second, and a second start within it would overwrite the first's.
-            self._board = tensorboardX.SummaryWriter(str(pathlib.Path(folder) / "tensorboard"), purge_step=step + 1,
-                                                     filename_suffix=f".from{step + 1}")
+    def __enter__(self):
+        """Raises UserError where the folder cannot be written."""
+        if jax.process_index() != 0:
+            return self
+        new = self._path.with_name(self._path.name + ".new")
+        try:
+            with open(new, "w", encoding="utf-8") as f:
+                f.writelines(json.dumps(row) + "\n" for row in self._kept)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(new, self._path)
+            self._file = open(self._path, "ab", buffering=0)   # a kill loses no line that was written
+            if self._tensorboard:
+                self._board = _open_board(self._folder / "tensorboard", self._step + 1)
+        except OSError as e:
+            raise UserError(f"{e.filename or new}: cannot be written ({e.strerror})") from None
+        return self
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Returns nothing; appends one line. Numbers that are not finite become null: JSON has none.
 
         Raises:
-          UserError: the disk is full.
+          UserError: the disk is full. The files then end with the record before.
         """
         if self._file is None:
             return
-        values = {k: float(v) for k, v in values.items()}
+        step, values = int(step), {k: float(v) for k, v in values.items()}
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        line = json.dumps({"step": int(step), "time_s": round(time.time(), 3), **finite}) + "\n"
+        line = json.dumps({"step": step, "time_s": round(time.time(), 3), **finite}) + "\n"
         try:
-            self._file.write(line.encode())
+            _append(self._file, line.encode())
+            if self._board:
+                _append(self._board, _event(step=step, summary={
+                    "value": [{"tag": name, "simple_value": value} for name, value in values.items()]}))
         except OSError as e:
-            raise UserError(f"{self._file.name}: step {step} cannot be written ({e.strerror})") from None
-        if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, int(step))
-
-    def close(self) -> None:
-        if self._file:
-            self._file.close()
-        if self._board:
-            self._board.close()
-
-    def __enter__(self):
-        return self
+            raise UserError(f"{e.filename}: step {step} cannot be written ({e.strerror})") from None
 
     def __exit__(self, *exception):
-        self.close()
+        for file in filter(None, (self._file, self._board)):
+            file.close()
+
+
+def _append(file, record):
+    """Writes all of `record` to an unbuffered file or, where the disk is full, nothing of it: then raises OSError."""
+    begin, left = file.seek(0, os.SEEK_END), memoryview(record)
+    try:
+        while left:   # a disk that fills up takes a part, and says why at the next try
+            left = left[file.write(left):]
+    except OSError as e:
+        file.truncate(begin)
+        raise OSError(e.errno, e.strerror, file.name) from None
+
+
+def _open_board(folder, first_step):
+    """Returns a new event file; TensorBoard then hides what older ones have from `first_step` on."""
+    folder.mkdir(exist_ok=True)
+    # Appending: names count seconds, and two starts within one must not overwrite each other.
+    name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.from{first_step}"
+    file = open(folder / name, "ab", buffering=0)
+    _append(file, _event(file_version="brain.Event:2") + _event(step=first_step, session_log={"status": "START"}))
+    return file
+
+
+def _event(**fields):
+    """Returns one record of an event file: length, its checksum, a tensorboard.Event, its checksum."""
+    from tensorboardX import record_writer   # protobuf: 0.2 s that evaluation and tests need not pay
+    from tensorboardX.proto import event_pb2
+
+    data = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
+    length, crc = struct.pack("<Q", len(data)), record_writer.masked_crc32c
+    return length + struct.pack("<I", crc(length)) + data + struct.pack("<I", crc(data))
 
 
 class Progress:
@@ -189,7 +220,7 @@ class Progress:
         self._drawn_s = 0.0
         self._open = False   # the line of the bar has no end yet
 
-    def show(self, step: int, *, loss: float, tokens_per_s: float | None = None, mfu: float | None = None,
+    def show(self, step: int, *, loss: float | None, tokens_per_s: float | None = None, mfu: float | None = None,
              remaining_s: float | None = None) -> None:
         """Returns nothing; shows the state after `step`. What is None is left out."""
         last = step >= self._total
@@ -197,7 +228,7 @@ class Progress:
         if self._silent or not (due or last):
             return
         frac = min(1.0, step / max(1, self._total))
-        parts = [f"loss {loss:.4f}"]
+        parts = [f"loss {loss:.4f}"] if loss is not None else []
         parts += [f"{quantity(tokens_per_s)} tokens/s"] if tokens_per_s is not None else []
         parts += [f"MFU {100 * mfu:.1f}%"] if mfu is not None else []
         parts += [f"{clock_time(remaining_s)} left"] if remaining_s is not None and not last else []
@@ -257,20 +288,14 @@ class Clock:
         self._mark = None                  # end of the step before
         self._steps = collections.deque(maxlen=self.WINDOW)   # (seconds, tokens)
         self._begin = None                 # (time, step) after the first step: for the remaining time
-        self.train_s = 0.0                 # of the counted steps
-        self.tokens = 0
 
-    def tick(self, step: int, tokens: int, value=None) -> None:
-        """Returns nothing; counts the end of `step`, which trained on `tokens`. Waits for `value` on the device."""
-        if value is not None:
-            jax.block_until_ready(value)
+    def tick(self, step: int, tokens: int) -> None:
+        """Returns nothing; counts the end of `step`, which trained on `tokens`."""
         now = self._now()
         if self._begin is None:
             self._begin = now, step
         else:
             self._steps.append((now - self._mark, tokens))
-            self.train_s += now - self._mark
-            self.tokens += tokens
         self._mark = now
 
     @contextlib.contextmanager
@@ -293,53 +318,38 @@ class Clock:
         return (total_steps - step) * (self._now() - self._begin[0]) / (step - self._begin[1])
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What one JAX device can do."""
-
-    bf16_flops: float       # per second, dense
-    hbm_bytes_per_s: float
-    hbm_bytes: float
-
-
-# By `device_kind`. TPU: the pages of cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x), per chip; a TPU7x chip is
-# two devices, so half each. GPU: NVIDIA's data sheets, dense (half of the figures "with sparsity").
-CHIPS = {
-    "TPU v4": Chip(275e12, 1.2e12, 32 * 2**30),
-    "TPU v5 lite": Chip(197e12, 0.82e12, 16 * 2**30),
-    "TPU v5e": Chip(197e12, 0.82e12, 16 * 2**30),
-    "TPU v5": Chip(459e12, 2.765e12, 95 * 2**30),
-    "TPU v5p": Chip(459e12, 2.765e12, 95 * 2**30),
-    "TPU v6 lite": Chip(918e12, 1.64e12, 32 * 2**30),
-    "TPU v6e": Chip(918e12, 1.64e12, 32 * 2**30),
-    "TPU7x": Chip(2307e12 / 2, 7.38e12 / 2, 96 * 2**30),
-    "NVIDIA A100-SXM4-40GB": Chip(312e12, 1.555e12, 40e9),
-    "NVIDIA A100-PCIE-40GB": Chip(312e12, 1.555e12, 40e9),
-    "NVIDIA A100-SXM4-80GB": Chip(312e12, 2.039e12, 80e9),
-    "NVIDIA A100 80GB PCIe": Chip(312e12, 1.935e12, 80e9),
-    "NVIDIA H100 80GB HBM3": Chip(989.4e12, 3.35e12, 80e9),    # SXM
-    "NVIDIA H100 PCIe": Chip(756e12, 2.0e12, 80e9),
-    "NVIDIA H100 NVL": Chip(835e12, 3.9e12, 94e9),
-    "NVIDIA H200": Chip(989.4e12, 4.8e12, 141e9),              # SXM
-    "NVIDIA H200 NVL": Chip(835e12, 4.8e12, 141e9),
-    "NVIDIA GH200 480GB": Chip(989.4e12, 4.0e12, 96e9),
-    "NVIDIA B200": Chip(2250e12, 7.7e12, 180e9),
-    "NVIDIA GB200": Chip(2500e12, 8.0e12, 186e9),
-    "NVIDIA L4": Chip(121e12, 0.3e12, 24e9),
-    "NVIDIA L40S": Chip(362e12, 0.864e12, 48e9),
-    "NVIDIA A10G": Chip(70e12, 0.6e12, 24e9),
+# Dense bfloat16 FLOP/s by `device_kind`. TPU: the pages of cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x), per
+# chip; a TPU7x chip is two devices, so half each. GPU: NVIDIA's data sheets, half of the figures "with sparsity".
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12 / 2,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,    # SXM
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989.4e12,              # SXM
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA GH200 480GB": 989.4e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA A10G": 70e12,
 }
 
 
-def chip(device) -> Chip | None:
-    """Returns the figures of a JAX device; None where its kind is not in the table, such as a CPU."""
-    return CHIPS.get(device.device_kind)
-
-
 def peak_flops(device) -> float | None:
-    """Returns the peak bfloat16 FLOP/s of a JAX device; None where unknown, such as a CPU."""
-    known = chip(device)
-    return known and known.bf16_flops
+    """Returns the peak bfloat16 FLOP/s of a JAX device; None where its kind is not in the table, such as a CPU."""
+    return PEAK_FLOPS.get(device.device_kind)
 
 
 def mfu(tokens_per_s: float, flops_per_token: float, num_devices: int, peak: float | None) -> float | None:

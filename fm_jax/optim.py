@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import optax
 
 from fm_jax import tree
+from fm_jax.config import CHOICES
 from fm_jax.errors import UserError, choose
+from fm_jax.sharding import is_axes
 
 STACKED = ("layers", "expert")   # axes over which a parameter is many independent ones
 MUON_MOMENTUM = 0.95             # Jordan et al., see `_muon`
@@ -26,7 +28,9 @@ def make(o, *, total_steps: int, warmup_steps: int, decay_steps: int, params, ax
 
     params: nested dict of arrays or shape structs. axes: the same tree of tuples of logical names.
     The transformation clips by global norm, takes the optimizer's direction, adds `weight_decay`
-    times the parameters (decoupled, all but `no_decay`), and multiplies by minus the learning rate.
+    times the parameters (decoupled, all but `no_decay`), and multiplies by minus the learning rate of
+    the step that `update(grads, state, params, step=)` is told. Its state is the same with clipping on or off,
+    so that a run can change that.
 
     Raises: UserError where a name is unknown or a `no_decay` pattern matches no parameter.
     """
@@ -35,10 +39,9 @@ def make(o, *, total_steps: int, warmup_steps: int, decay_steps: int, params, ax
     rate = schedule(o, o.learning_rate, **lengths)
 
     def step_of(direction, rate):
-        return optax.chain(direction, optax.add_decayed_weights(o.weight_decay, decayed),
-                           optax.scale_by_learning_rate(rate))
+        return optax.chain(direction, optax.add_decayed_weights(o.weight_decay, decayed), scale_by_rate(rate))
 
-    name = choose(o.name, ("adamw", "lion", "adafactor", "muon"), "config.optimizer.name")
+    name = choose(o.name, CHOICES["optimizer.name"], "config.optimizer.name")
     adam = optax.scale_by_adam(o.b1, o.b2, o.eps, mu_dtype=o.moment_dtype)
     if name == "adamw":
         tx = step_of(adam, rate)
@@ -47,14 +50,14 @@ def make(o, *, total_steps: int, warmup_steps: int, decay_steps: int, params, ax
     elif name == "adafactor":
         tx = step_of(_adafactor(o, params, axes), rate)
     else:
-        matrices = _map_axes(lambda a: "layers" in a and matrix_axes(a) is not None, axes)
+        matrices = jax.tree.map(lambda a: "layers" in a and matrix_axes(a) is not None, axes, is_leaf=is_axes)
         if not any(jax.tree.leaves(matrices)):
             raise UserError("config.optimizer.name='muon': the model has no matrix in stacked layers; use adamw")
         tx = optax.partition(
             {True: step_of(_muon(o, axes, matrices), schedule(o, o.muon_learning_rate, **lengths)),
              False: step_of(adam, rate)}, matrices)
-    clip = [clip_by_global_norm(o.clip_norm)] if o.clip_norm else []
-    return in_float32(optax.chain(*clip, tx)), rate
+    clip = clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity()
+    return in_float32(optax.chain(clip, tx)), rate
 
 
 def schedule(o, peak: float, *, total_steps: int, warmup_steps: int, decay_steps: int):
@@ -70,7 +73,7 @@ def schedule(o, peak: float, *, total_steps: int, warmup_steps: int, decay_steps
 
     Raises: UserError where the parts do not fit into the run.
     """
-    kind = choose(o.schedule, ("cosine", "wsd", "linear", "constant"), "config.optimizer.schedule")
+    kind = choose(o.schedule, CHOICES["optimizer.schedule"], "config.optimizer.schedule")
     used = warmup_steps + (decay_steps if kind == "wsd" else 0)
     if used > total_steps:
         raise UserError(f"config.optimizer: warmup_steps={warmup_steps}" + f" and decay_steps={decay_steps}" * (
@@ -126,12 +129,24 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
-def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+def scale_by_rate(rate) -> optax.GradientTransformationExtraArgs:
+    """Returns a transformation that multiplies by minus `rate(step)`, for the `step` that `update` is told.
+
+    `optax.scale_by_learning_rate` counts its own updates, and so falls behind the run with each skipped step.
+    """
+    def update(updates, state, params=None, *, step):
+        scale = -rate(step)
+        return jax.tree.map(lambda u: scale * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def in_float32(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
     """Returns `tx` with its state, inputs and updates in float32; `optax.apply_updates` casts back."""
     cast = lambda t: jax.tree.map(lambda x: x.astype(jnp.float32), t)
-    return optax.GradientTransformation(
+    return optax.GradientTransformationExtraArgs(
         lambda params: tx.init(cast(params)),
-        lambda grads, state, params: tx.update(cast(grads), state, cast(params)))
+        lambda grads, state, params, **extra: tx.update(cast(grads), state, cast(params), **extra))
 
 
 def _muon(o, axes, matrices):
@@ -170,8 +185,8 @@ def _adafactor(o, params, axes):
         stacked = tuple(n for n, name in zip(p.shape, a) if name in STACKED)
         return (*stacked, *map(math.prod, sides)) if matrix else p.shape
 
-    shapes = _map_axes(view, axes, params)
-    own = _map_axes(lambda a: tuple(i for i, name in enumerate(a) if name not in STACKED), axes)
+    shapes = jax.tree.map(view, axes, params, is_leaf=is_axes)
+    own = jax.tree.map(lambda a: tuple(i for i, name in enumerate(a) if name not in STACKED), axes, is_leaf=is_axes)
 
     def clip(updates, _):
         rms = lambda u, dims: jnp.sqrt(jnp.mean(jnp.square(u), axis=dims, keepdims=True))   # of each layer
@@ -192,11 +207,6 @@ def _reshaped(tx, shapes):
         return jax.tree.map(lambda u, g: u.reshape(g.shape), updates, grads), state
 
     return optax.GradientTransformation(lambda params: tx.init(into(params)), update)
-
-
-def _map_axes(f, axes, *rest):
-    is_leaf = lambda x: isinstance(x, tuple) and all(isinstance(a, str) for a in x)
-    return jax.tree.map(f, axes, *rest, is_leaf=is_leaf)
 
 
 def state_shardings(tx, params, shardings, replicated):
@@ -237,32 +247,34 @@ def ema_update(ema, params, decay: float, step):
 
 
 class SkipState(NamedTuple):
-    """Of `skip_outliers`: the wrapped state, the running mean of gradient norms, and counts of steps."""
+    """Of `skip_outliers`: the wrapped state, the running mean of gradient norms, and the steps not skipped."""
 
     inner: Any
     mean_norm: jax.Array
     taken: jax.Array
-    skipped: jax.Array
 
 
-def skip_outliers(tx: optax.GradientTransformation, factor: float, warmup_steps: int) -> optax.GradientTransformation:
+def skip_outliers(tx, factor: float, warmup_steps: int) -> optax.GradientTransformationExtraArgs:
     """Returns `tx` that changes nothing in a step whose gradient norm exceeds `factor` times its running mean.
 
     The mean is an average of decay 0.98 without start-up bias, in which a skipped step counts as one at the
     limit: a norm that rises for good is followed in time, and an outlier moves it little. The first
-    `warmup_steps` steps, at least one, are never skipped.
+    `warmup_steps` steps, at least one, are never skipped. With a factor of 0 no step is, and the mean is kept,
+    so that a run can go on with skipping or without.
     """
     def init(params):
-        return SkipState(tx.init(params), jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        return SkipState(tx.init(params), jnp.zeros(()), jnp.zeros((), jnp.int32))
 
-    def update(grads, state, params):
-        norm = global_norm(grads)
-        take = (state.taken < max(1, warmup_steps)) | (norm <= factor * state.mean_norm)
-        updates, inner = tx.update(grads, state.inner, params)
+    def update(grads, state, params, **extra):
+        norm, limit = global_norm(grads), factor * state.mean_norm
+        updates, inner = tx.update(grads, state.inner, params, **extra)
+        take = True
+        if factor:
+            take = (state.taken < max(1, warmup_steps)) | (norm <= limit)
+            updates = jax.tree.map(lambda u: jnp.where(take, u, 0), updates)
+            inner = jax.tree.map(lambda a, b: jnp.where(take, a, b), inner, state.inner)
         decay = jnp.minimum(0.98, state.taken / (state.taken + 1))   # a plain mean at first
-        mean = decay * state.mean_norm + (1 - decay) * jnp.where(take, norm, factor * state.mean_norm)
-        updates = jax.tree.map(lambda u: jnp.where(take, u, 0), updates)
-        inner = jax.tree.map(lambda a, b: jnp.where(take, a, b), inner, state.inner)
-        return updates, SkipState(inner, mean, state.taken + take, state.skipped + ~take)
+        mean = decay * state.mean_norm + (1 - decay) * jnp.where(take, norm, limit)
+        return updates, SkipState(inner, mean, state.taken + take)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

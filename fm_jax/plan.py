@@ -3,7 +3,7 @@
     python -m fm_jax.plan --sizes
     python -m fm_jax.plan --config configs/causal_lm.py:8b --config.mesh.fsdp=8 --config.mesh.tensor=4
 
-The mesh may be larger than this machine: no array is made, no device memory touched. Layer 5.
+The mesh may be larger than this machine: no array is made, no device asked for. Layer 5.
 """
 
 from absl import flags
@@ -29,11 +29,24 @@ def plan(config, *, devices: int | None = None) -> dict:
     """Returns {"parameters", "flops_per_token", "flops_per_step", "bytes_per_device": {...}, "table", "mesh"}.
 
     devices: what a -1 of the mesh counts from; default as many as the mesh names.
+
+    Raises:
+      UserError: what could not train either; a length in epochs of data that is not here.
     """
     from fm_jax import objectives, sharding, tree
+    from fm_jax.data import batches
     from fm_jax.step import Program
 
-    config = config_lib.resolve(config, examples_per_epoch=1_000_000)
+    config = config_lib.resolve(config)
+    lengths = {"steps": config.steps, "optimizer.warmup_steps": config.optimizer.warmup_steps,
+               "optimizer.decay_steps": config.optimizer.decay_steps}
+    epochs = [f"config.{key}={length!r}" for key, length in lengths.items() if isinstance(length, str)]
+    if epochs:   # only then must the data be here
+        try:
+            examples = batches.examples_per_epoch(config)
+        except UserError as e:
+            raise UserError(f"{epochs[0]} needs the size of the data: {e}; or give steps or tokens") from None
+        config = config_lib.resolve(config, examples_per_epoch=examples)
     layout = sharding.Layout(sharding.abstract_mesh(config.mesh, devices))
     objective = objectives.load(config, None, layout)
     program = Program(config, objective, layout)

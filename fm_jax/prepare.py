@@ -3,7 +3,9 @@
 Sources are JSONL (.jsonl, also .gz or .zst), Parquet, plain text (.txt, .md) and
 catalogue:NAME; formats may be mixed. Exact duplicates and empty documents are dropped and
 counted; the held-out split is chosen by a hash of the text. The folder appears whole or not at all,
-and one that was made before from the same sources is used again.
+and one that was made before from the same sources is used again, after a check of its files.
+
+Exit code 69: catalogue data that is not in the cache could not be downloaded.
 
 Examples:
   python -m fm_jax.prepare --source 'texts/*.jsonl' --tokenizer sentencepiece:8192 --output data/x
@@ -11,6 +13,7 @@ Examples:
 """
 
 import os
+import sys
 
 from absl import flags
 
@@ -25,7 +28,7 @@ def _flags(fv):
          "sentencepiece:VOCAB_SIZE to train one on the train split.")
     text("output", None, "Folder to make.")
     text("text_key", "text", "Field of JSONL objects, or column of Parquet, that holds the text.")
-    text("document_separator", "", r"Cuts plain text into documents, such as '\n\n'; default: a file is one.")
+    text("document_separator", "", r"Cuts plain text (.txt, .md), such as '\n\n'; default: a file is one document.")
     flags.DEFINE_float("validation_frac", 0.02, "Part of the documents that is held out.", flag_values=fv)
     text("licence", "", "Recorded in the manifest; default: what the catalogue says.")
     number("shard_tokens", 100_000_000, "Most tokens of a shard.")
@@ -44,7 +47,11 @@ def main(args):
     cache = os.environ.get("FM_JAX_CACHE", catalogue.DEFAULT_CACHE)
     # A shell passes \n as two characters.
     separator = args.document_separator.replace(r"\n", "\n").replace(r"\t", "\t")
-    sources = documents.open_sources(args.source, text_key=args.text_key, separator=separator, cache=cache)
+    try:
+        sources = documents.open_sources(args.source, text_key=args.text_key, separator=separator, cache=cache)
+    except catalogue.DownloadError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 69   # EX_UNAVAILABLE of sysexits.h: launch/quickstart.sh takes other data then, and only then
     for source in sources:
         if source.licence:
             print(f"{source.name}: {source.licence}")
@@ -64,6 +71,7 @@ def main(args):
         for bar in bars.values():
             bar.close()
     print(_summary(manifest, args.output, reused, time.monotonic() - began))
+    return 0
 
 
 def _summary(manifest, output, reused, seconds):

@@ -2,9 +2,11 @@
 
     lm = fm_jax.load("runs/quickstart")
     lm.logits(tokens)  lm.hidden(tokens)  lm.score(contexts, continuations)  lm.generate(prompts)  lm.embed(texts)
-    lm.params  lm.config  lm.tokenizer  lm.module
+    lm.params  lm.config  lm.tokenizer  lm.module  lm.step
 """
 
+import operator
+import os.path
 from pathlib import Path
 
 import jax
@@ -13,7 +15,7 @@ import numpy as np
 from fm_jax import checkpoint, config as config_lib, decode, objectives, scoring, sharding, tree
 from fm_jax import tokenizer as tokenizers
 from fm_jax.data.prepared import document_ends
-from fm_jax.errors import UserError
+from fm_jax.errors import UserError, choose
 
 
 def load(folder, *, step: int | None = None, mesh: dict | None = None, ema: bool = True) -> "Pretrained":
@@ -41,19 +43,33 @@ def load(folder, *, step: int | None = None, mesh: dict | None = None, ema: bool
     params, axes = sharding.unbox(jax.eval_shape(objective.init, jax.random.key(0)))
     abstract = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s),
                             params, layout.parameters(params, axes))
-    params = checkpoint.restore_params(folder, step, abstract, ema=ema)
-    return Pretrained(config, tokenizer, objective, params)
+    step = max(checkpoint.steps(folder), default=None) if step is None else step
+    return Pretrained(config, tokenizer, objective, checkpoint.restore_params(folder, step, abstract, ema=ema), step)
+
+
+def parse_mesh(text: str) -> dict[str, int] | None:
+    """Returns the devices per axis that `--mesh` names, as in "fsdp=4,tensor=2"; None for an empty text."""
+    sizes = {}
+    for item in filter(None, text.split(",")):
+        axis, _, size = item.partition("=")
+        choose(axis, sharding.MESH_AXES, f"--mesh={text}: axis")
+        if axis in sizes or not size.removeprefix("-").isdecimal():
+            raise UserError(f"--mesh={text}: give each axis one number of devices, as in fsdp=4,tensor=2; got {item!r}")
+        sizes[axis] = int(size)
+    return sizes or None
 
 
 class Pretrained:
     """A causal language model with its parameters and tokenizer. Inputs and outputs are NumPy or Python values."""
 
-    def __init__(self, config, tokenizer, objective, params):
+    def __init__(self, config, tokenizer, objective, params, step: int | None = None):
         self.config, self.tokenizer, self.objective, self.params = config, tokenizer, objective, params
+        self.step = step   # of its checkpoint
         self.module = objective.module
         self._parts = self.module.layout.batch_parts   # the mesh cuts every batch into so many: rows are added to fit
+        self._batch_size = -(-16 // self._parts) * self._parts
         self._jitted = {name: jax.jit(f) for name, f in objective.predict.items() if name in ("logits", "hidden")}
-        self._decode_params = None   # made when first needed: a second copy, each layer on its own
+        self._decode_params = [], None   # (arrays of params, what decode.per_layer made of them), when first needed
 
     def __repr__(self):
         return f"<{self.config.name or self.config.objective}: {tree.count(self.params):,} parameters>"
@@ -68,10 +84,16 @@ class Pretrained:
 
     def score(self, contexts, continuations) -> list[scoring.Score]:
         """Returns (logprob, is_greedy, num_tokens) of each continuation (text) after its context (text)."""
+        contexts, continuations = _texts("contexts", contexts), _texts("continuations", continuations)
         if len(contexts) != len(continuations):
             raise UserError(f"{len(contexts)} contexts for {len(continuations)} continuations; give one for each")
         pairs = [scoring.encode_pair(self.tokenizer, a, b) for a, b in zip(contexts, continuations)]
-        return scoring.score(self.objective, self.params, pairs, batch_size=-(-16 // self._parts) * self._parts)
+        return scoring.score(self.objective, self.params, pairs, batch_size=self._batch_size)
+
+    def score_texts(self, texts) -> list[float]:
+        """Returns the natural log-probability of each text, from an empty context, every token of it scored once."""
+        return scoring.score_texts(self.objective, self.params, self.tokenizer, _texts("texts", texts),
+                                   batch_size=self._batch_size)
 
     def generate(self, prompts, *, max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0,
                  top_p: float = 1.0, seed: int = 0, stop_at_end: bool = True) -> list[str]:
@@ -80,30 +102,40 @@ class Pretrained:
         temperature 0 takes the likeliest token each time. Prompt i draws from seed + i. `stop_at_end`: the
         end-of-text token ends a continuation early.
         """
-        if isinstance(prompts, str):
-            raise UserError(f"prompts={prompts[:40]!r}: give a list of texts, [prompt] for one")
+        prompts = _texts("prompts", prompts)
         start, end = document_ends(self.tokenizer)
         ids = [np.concatenate([[start], self.tokenizer.encode(p)]) for p in prompts]
-        if self._decode_params is None:
-            self._decode_params = decode.per_layer(self.params)
+        arrays = jax.tree.leaves(self.params)
+        if len(arrays) != len(self._decode_params[0]) or any(map(operator.is_not, arrays, self._decode_params[0])):
+            self._decode_params = arrays, decode.per_layer(self.params)
         seeds = (seed + np.arange(len(ids))) % 2**32
         extra = -len(ids) % self._parts
         made = decode.generate(
-            self.objective, self._decode_params, ids + ids[-1:] * extra, max_new_tokens=max_new_tokens,
+            self.objective, self._decode_params[1], ids + ids[-1:] * extra, max_new_tokens=max_new_tokens,
             sampling=decode.Sampling(temperature, top_k, top_p, self.tokenizer.vocab_size),
             seeds=np.append(seeds, seeds[-1:].repeat(extra)), stop_ids=(start, end) if stop_at_end else ())
-        return [self.tokenizer.decode(tokens) for tokens in made[: len(ids)]]
+        return [self._continuation(*each) for each in zip(prompts, ids, made)]
 
     def embed(self, texts) -> np.ndarray:
         """Returns float32 [n, D]: the mean hidden state over each text's tokens (the first that fit the context)."""
         start, _ = document_ends(self.tokenizer)
         out = []
-        for text in texts:
+        for text in _texts("texts", texts):
             ids = np.concatenate([[start], self.tokenizer.encode(text)])[: self.objective.arch.max_seq_len]
             padded = np.zeros((1, min(-(-len(ids) // 32) * 32, self.objective.arch.max_seq_len)), np.int32)
             padded[0, : len(ids)] = ids
             out.append(self.hidden(padded)[0, : len(ids)].mean(0))
-        return np.stack(out)
+        return np.array(out, np.float32).reshape(len(out), self.objective.arch.embed_dim)
+
+    def _continuation(self, prompt, ids, new):
+        """Returns the text of the tokens `new` behind `ids`, those of the prompt.
+
+        Decoded alone they would lose the space before the first word, where a tokenizer adds one to every text and
+        takes it off again. Where it does not give the prompt back as it was, its own version of it is cut off.
+        """
+        whole = self.tokenizer.decode(np.concatenate([ids, new]))
+        before = prompt if whole.startswith(prompt) else os.path.commonprefix([whole, self.tokenizer.decode(ids)])
+        return whole[len(before):]
 
     def _checked(self, tokens):
         """Returns int32 [B + what the mesh needs, T]."""
@@ -116,3 +148,14 @@ class Pretrained:
             bad = tokens[(tokens < 0) | (tokens >= arch.vocab_size)][0]
             raise UserError(f"token id {bad} is outside the vocabulary of {arch.vocab_size}")
         return np.pad(tokens.astype(np.int32), ((0, -len(tokens) % self._parts), (0, 0)))
+
+
+def _texts(name, texts) -> list[str]:
+    """Returns `texts` as a list. Raises UserError for a single text, which would be read letter by letter."""
+    if isinstance(texts, (str, bytes)):
+        raise UserError(f"{name}={texts[:40]!r}: give a list of texts, [text] for one")
+    texts = list(texts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"{name}: expected texts, got {text!r}")
+    return texts

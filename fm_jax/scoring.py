@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from fm_jax.data.prepared import document_ends
 from fm_jax.errors import UserError
 
 
@@ -21,30 +22,37 @@ def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], 
     """Returns (context ids, continuation ids) of a pair.
 
     Spaces at the end of the context move to the continuation; the two are tokenised as one string and cut where
-    the context's own tokens end. An empty context becomes the beginning-of-text token.
+    the context's own tokens end. A context without tokens becomes the beginning-of-text token, unless the
+    continuation begins with it.
     """
     if not continuation:
         raise UserError("an empty continuation has no probability; give at least one character")
-    if not context:
-        ids = list(tokenizer.encode(continuation))
-        prefix = _prefix(tokenizer)
-        return ([prefix], ids) if ids[0] != prefix else (ids[:1], ids[1:])
     kept = context.rstrip()
-    if not kept:
+    if context and not kept:
         raise UserError(f"the context {context!r} is only white space; leave it empty or give it a word")
-    continuation = context[len(kept):] + continuation
-    whole, ids = list(tokenizer.encode(kept + continuation)), list(tokenizer.encode(kept))
-    return ids, whole[len(ids):]
+    whole = list(tokenizer.encode(context + continuation))
+    ids = list(tokenizer.encode(kept)) if kept else []
+    if ids:
+        return ids, whole[len(ids):]
+    # Empty, or of characters that the tokenizer drops, such as a zero-width space.
+    prefix, _ = document_ends(tokenizer)
+    return [prefix], whole[1:] if whole[:1] == [prefix] else whole
 
 
 def score(objective, params, pairs, *, batch_size: int = 16) -> list[Score]:
     """Returns the scores of pairs of token-id lists, in their order; a context too long is cut at its left.
 
     Sorted by length, in batches padded to a multiple of 32 tokens: few compiled shapes, little padding.
+
+    Raises:
+      UserError: a context without tokens, or a continuation without any or longer than the model's context.
     """
     longest = objective.arch.max_seq_len
     rows = []
     for context, continuation in pairs:
+        if not len(context):
+            raise UserError("a context of 0 tokens: nothing predicts the first token of its continuation; give at "
+                            "least the beginning-of-text token")
         if not 0 < len(continuation) <= longest:
             raise UserError(f"a continuation of {len(continuation)} tokens must have 1 to {longest}, the model's "
                             "context")
@@ -85,15 +93,12 @@ def windows(tokens, prefix: int, max_length: int):
 def score_texts(objective, params, tokenizer, texts, *, batch_size: int = 16) -> list[float]:
     """Returns the natural log-probability of each text, every token of it scored once."""
     pairs, owners = [], []
+    prefix, _ = document_ends(tokenizer)
     for i, text in enumerate(texts):
-        made = windows(tokenizer.encode(text), _prefix(tokenizer), objective.arch.max_seq_len)
+        made = windows(tokenizer.encode(text), prefix, objective.arch.max_seq_len)
         pairs += made
         owners += [i] * len(made)
     totals = [0.0] * len(texts)
     for i, s in zip(owners, score(objective, params, pairs, batch_size=batch_size)):
         totals[i] += s.logprob
     return totals
-
-
-def _prefix(tokenizer) -> int:
-    return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id

@@ -7,6 +7,7 @@
 `train`, `plan` and `benchmark` all run this same compiled function.
 """
 
+import functools
 from typing import Any
 
 from flax import struct
@@ -39,7 +40,8 @@ class Program:
       axes: logical axes of the parameters. schedule: step -> learning rate.
       train_step(state, batch, step) -> (state, metrics), jitted; donates the state.
       eval_step(params, batch) -> metrics, jitted.
-    Metrics are {name: (sum, weight)}, float32 scalars, to be added over batches before they are divided.
+    Metrics are {name: (sum, weight)}, to be added over batches before they are divided, and {name: count}; float32
+    scalars.
     """
 
     def __init__(self, config, objective: Objective, layout: Layout):
@@ -51,14 +53,14 @@ class Program:
                 f"config.batch_size={config.batch_size} in {config.accumulation_steps} microbatches of {micro} is not "
                 f"divisible by the mesh's data x fsdp = {parts}; take a multiple of "
                 f"{parts * config.accumulation_steps}")
-        boxed = jax.eval_shape(objective.init, jax.random.key(0))
+        # The key is made inside: an array out here would start the backend, which `plan` must not.
+        boxed = jax.eval_shape(lambda: objective.init(jax.random.key(0)))
         params, self.axes = sharding.unbox(boxed)
-        self.tx, self.schedule = optim.make(
+        tx, self.schedule = optim.make(
             config.optimizer, total_steps=config.steps, warmup_steps=config.optimizer.warmup_steps,
             decay_steps=config.optimizer.decay_steps, params=params, axes=self.axes)
-        if config.health.skip_grad_norm_factor:
-            self.tx = optim.skip_outliers(self.tx, config.health.skip_grad_norm_factor,
-                                          config.health.skip_grad_norm_warmup_steps)
+        self.tx = optim.skip_outliers(tx, config.health.skip_grad_norm_factor,
+                                      config.health.skip_grad_norm_warmup_steps)
         placed = layout.parameters(params, self.axes)
         self.shardings = State(
             layout.replicated, placed, optim.state_shardings(self.tx, params, placed, layout.replicated),
@@ -76,8 +78,7 @@ class Program:
         options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if self._cpu else None
         self.train_step = jax.jit(self._train_step, donate_argnums=0, in_shardings=(self.shardings, batch, here),
                                   out_shardings=(self.shardings, here), compiler_options=options)
-        self.eval_step = jax.jit(lambda params, batch: self._sums(objective.loss(params, batch, None)),
-                                 in_shardings=(placed, batch), out_shardings=here)
+        self.eval_step = jax.jit(self._eval_step, in_shardings=(placed, batch), out_shardings=here)
 
     def init(self) -> State:
         """Returns the state at step 0, each array made in its shards, never whole on one device."""
@@ -118,51 +119,56 @@ class Program:
 
         A step whose loss or gradient is not finite changes nothing, its number included; and neither does any
         step after it, as the state is then behind the `step` asked for. So the host, which looks one step
-        late, finds the state as it was before the first bad batch.
+        late, finds the state as it was before the first bad batch. A batch without a scored token has gradient
+        0: momentum and weight decay still move the parameters.
         """
         config, params = self.config, state.params
         # 1: the parameters were drawn from 0.
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
-        grads, sums = self._accumulated(params, batch, key)
+
+        def loss(params, batch, key):
+            out = self.objective.loss(params, batch, key)
+            return out.loss, _sums(out)
+
+        grads, sums = self._accumulated(functools.partial(jax.grad(loss, has_aux=True), params), batch, key)
         total, weight = sums["loss"]
-        grads = jax.tree.map(lambda g: g / weight, grads)
+        scored = jnp.where(weight > 0, weight, 1.0)
+        grads = jax.tree.map(lambda g: g / scored, grads)
         grad_norm = optim.global_norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
 
-        updates, opt_state = self.tx.update(grads, state.opt_state, params)
+        updates, opt_state = self.tx.update(grads, state.opt_state, params, step=state.step)
         new_params = optax.apply_updates(params, updates)
         ema = None if state.ema is None else optim.ema_update(
             state.ema, new_params, config.optimizer.ema_decay, state.step)
         new = State(state.step + 1, new_params, opt_state, ema)
-        apply = finite & (state.step == step)
-        state = jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, state)
         one = jnp.float32(1)
         metrics = sums | {"grad_norm": (grad_norm, one), "learning_rate": (self.schedule(step), one),
                           "finite": (finite.astype(jnp.float32), one)}
         if config.health.skip_grad_norm_factor:
-            metrics["skipped_steps"] = (state.opt_state.skipped.astype(jnp.float32), one)
-        return state, metrics
+            metrics["skipped_steps"] = one - (opt_state.taken - state.opt_state.taken)
+        apply = finite & (state.step == step)
+        return jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, state), metrics
 
-    def _accumulated(self, params, batch, key):
-        """Returns (gradients of the summed loss, metric sums) of the batch, microbatch by microbatch."""
-        def loss(params, batch, key):
-            out = self.objective.loss(params, batch, key)
-            return out.loss, self._sums(out)
+    def _eval_step(self, params, batch):
+        """Returns the metrics of the batch, in the microbatches of a train step: as little memory is enough."""
+        return self._accumulated(lambda batch, _: _sums(self.objective.loss(params, batch, None)), batch, None)
 
-        grad, n = jax.grad(loss, has_aux=True), self.config.accumulation_steps
+    def _accumulated(self, f, batch, key):
+        """Returns the sum of f(microbatch, key) over the microbatches of the batch, each with a key of its own."""
+        n = self.config.accumulation_steps
         if n == 1:
-            return grad(params, batch, key)
+            return f(batch, key)
         # Microbatch i takes every n-th example: each device keeps its own rows.
         split = jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch)
+        parts = split, None if key is None else jax.random.split(key, n)
 
-        def body(sums, micro):
-            return jax.tree.map(jnp.add, sums, grad(params, *micro)), None
+        def body(sums, part):
+            return jax.tree.map(jnp.add, sums, f(*part)), None
 
-        first = jax.tree.map(lambda x: x[0], split)
-        keys = jax.random.split(key, n)
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(grad, params, first, keys[0]))
-        return jax.lax.scan(body, zeros, (split, keys))[0]
+        shapes = jax.eval_shape(f, *jax.tree.map(lambda x: x[0], parts))
+        return jax.lax.scan(body, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), parts)[0]
 
-    def _sums(self, loss):
-        # A batch without a scored token has weight 0, loss 0: no step, no division by zero.
-        return {"loss": (loss.loss, jnp.where(loss.weight > 0, loss.weight, 1.0)), **loss.metrics}
+
+def _sums(loss):
+    return {"loss": (loss.loss, loss.weight), **loss.metrics}

@@ -310,7 +310,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, output, *, fim: b
       max_chars: texts beyond so many characters in all are not read.
 
     Raises:
-      UserError: no text, or a vocabulary size that these texts cannot fill or that is too small.
+      UserError: no text to learn from, or a vocabulary size that these texts cannot fill or that is too small.
     """
     import io
 
@@ -338,6 +338,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, output, *, fim: b
         if limit := re.search(r"required_chars.*?(\d+) vs (\d+)", str(error)):
             raise UserError(f"a vocabulary of {vocab_size} is too small for this text's characters and the 256 "
                             f"bytes: at least {max(int(limit[1]), int(limit[2])) + 1}") from error
+        if re.search("sentences_.empty|all_chars_count", str(error)):
+            raise UserError("no text that SentencePiece learns from: it skips U+0000, and all that is near U+2585; "
+                            "clean the text, or use the tokenizer 'bytes'") from error
         raise
     tokenizer = SentencePieceTokenizer(model.getvalue(), str(output))
     tokenizer.save(output)

@@ -15,11 +15,11 @@ import time
 from absl import flags
 
 from fm_jax import config as config_lib
-from fm_jax.errors import UserError
+from fm_jax.errors import UserError, choose
 
 
 def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
-    """Returns the last metrics of the run that `config` describes, having trained it in `workdir` to its end.
+    """Returns the last validation metrics of the run of `config`, trained in `workdir` to its end; {} without any.
 
     SIGTERM saves at the next step boundary and returns; so does SIGINT (Ctrl-C), which then raises KeyboardInterrupt;
     a second SIGINT does so at once.
@@ -42,23 +42,21 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
     objective = objectives.load(config, tokenizer, layout)
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
     data = batches.open_batches(config, objective, **hosts)
-    held_out = batches.open_batches(config, objective, split="validation", **hosts)
+    held_out = batches.open_batches(config, objective, split="validation", **hosts) if config.eval.every else None
     program = Program(config, objective, layout)
-    checkpoint.open_run(workdir, config, tokenizer=tokenizer, data=batches.fingerprints(config))
-    state, origin = checkpoint.start(workdir, config, program.abstract, program.init)
-    start = int(state.step)
-
+    if config.checkpoint.keep_best:
+        _check_best(config, program)
+    described = dict(tokenizer=tokenizer, data=batches.fingerprints(config))
     progress = metrics.Progress(config.steps, every=config.log.every, bar=config.log.progress)
     devices = layout.mesh.devices
     mesh = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
-    progress.note(f"{config.name or config.objective}: {tree.count(program.abstract.params):,} parameters on "
-                  f"{devices.size} {devices.flat[0].device_kind} ({mesh})")
-    progress.note(origin)
-    if start >= config.steps:
-        progress.note(f"all {config.steps} steps are done; a longer run: --config.steps=N")
+    tokens = config.batch_size * objective.tokens_per_example
+    flops = config.batch_size * objective.flops_per_example
+    late, clock, train_sums = metrics.Late(), metrics.Clock(), metrics.Sums()
+    due = lambda section, step: section.every and (step % section.every == 0 or step == config.steps)
 
     def validate(state, step):
-        """Returns the held-out means, written and shown; {} where the run is told to stop: that does not wait for them."""
+        """Returns the held-out means, written and shown; {} where the run is told to stop: that does not wait."""
         sums = metrics.Sums()
         for batch in held_out.iterate():
             if stop:
@@ -71,7 +69,9 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
         return values
 
     def log(late):
-        """Adds up a step's metrics; writes and shows their means every `log.every` steps. Returns a bad step as it is."""
+        """Adds up a step's metrics; writes and shows their means every `log.every` steps. Returns a bad step."""
+        if late is None:
+            return None
         step, values = late
         if not values["finite"][0]:
             return late
@@ -85,43 +85,51 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
             speed = {"tokens_per_s": rate, "mfu": mfu, "step_time_s": rate and tokens / rate}
             writer.write(step + 1, means | {k: v for k, v in speed.items() if v is not None})
         total, weight = values["loss"]
-        progress.show(step + 1, loss=float(total / weight), tokens_per_s=rate, mfu=mfu,
+        progress.show(step + 1, loss=float(total / weight) if weight else None, tokens_per_s=rate, mfu=mfu,
                       remaining_s=clock.remaining_s(step + 1, config.steps))
         return None
 
-    tokens = config.batch_size * objective.tokens_per_example
-    flops = config.batch_size * objective.flops_per_example
-    late, clock, train_sums, bad = metrics.Late(), metrics.Clock(), metrics.Sums(), None
-    due = lambda section, step: section.every and step % section.every == 0 or step == config.steps
-    began, traced_from = time.monotonic(), max(start, min(start + 10, config.steps - profile_steps))
-    trace = metrics.profile(workdir / "profile", traced_from, profile_steps)
-    with (metrics.Writer(workdir, start, tensorboard=config.log.tensorboard) as writer,
-          checkpoint.Checkpoints(workdir, config.checkpoint) as checkpoints, stop_signals() as stop, trace as traced):
-        step, batch_at = start, data.iterate(start)
+    with contextlib.ExitStack() as held:
+        held.enter_context(checkpoint.lock(workdir))
+        # Whatever refuses the start does so before anything in the folder changes.
+        state, start, origin = checkpoint.start(workdir, config, program.abstract, program.init, axes=program.axes,
+                                                **described)
+        writer = metrics.Writer(workdir, start, tensorboard=config.log.tensorboard)
+        checkpoint.describe_run(workdir, config, start, **described)
+        held.enter_context(writer)
+        checkpoints = held.enter_context(checkpoint.Checkpoints(workdir, config.checkpoint))
+        stop = held.enter_context(stop_signals())
+        traced_from = max(start, min(start + 10, config.steps - profile_steps))
+        traced = held.enter_context(metrics.profile(workdir / "profile", traced_from, profile_steps))
+
+        progress.note(f"{config.name or config.objective}: {tree.count(program.abstract.params):,} parameters on "
+                      f"{devices.size} {devices.flat[0].device_kind} ({mesh})")
+        progress.note(origin)
+        if start >= config.steps:
+            progress.note(f"all {config.steps} steps are done; a longer run: --config.steps=N")
         # Validation metrics: the last ones, and those of the present step, which its checkpoint keeps.
         last = here = {k: v for k, v in writer.start.items() if k.startswith("validation/")}
         if start and due(config.eval, start) and not last:   # a stop cut it short
             last = here = validate(state, start)
-        while step < config.steps and bad is None and not stop:
+        began, step, bad, batch_at = time.monotonic(), start, None, data.iterate(start)
+        while step < config.steps and not (bad or stop):
             traced(step, state.step)
             state, values = program.train_step(state, program.place(next(batch_at)), step)
             if step == start:
                 jax.block_until_ready(state.step)
                 progress.note(f"first step after {time.monotonic() - began:.1f} s")
-            before, step, here = late.push(step, values), step + 1, {}
-            bad = log(before) if before else None
-            if bad is None and (due(config.eval, step) or due(config.checkpoint, step)):
-                bad = log(late.flush())
+            bad = log(late.push(step, values))
+            step, here = step + 1, {}
+            if due(config.eval, step) or due(config.checkpoint, step):
+                bad = bad or log(late.flush())
                 with clock.pause():
-                    if bad is None and due(config.eval, step):
+                    if due(config.eval, step) and not bad:
                         here = validate(state, step)
                         last = here or last
-                    if bad is None and due(config.checkpoint, step):
+                    if due(config.checkpoint, step) and not bad:
                         checkpoints.save(step, state, here)
-        before = late.flush()
-        if before and bad is None:
-            bad = log(before)
-        if bad is not None:
+        bad = bad or log(late.flush())
+        if bad:
             checkpoints.save(bad[0], state)
             checkpoints.wait()
             raise UserError(_report_bad_step(workdir, *bad, step - 1, data))
@@ -135,6 +143,24 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
     return last
 
 
+def _check_best(config, program):
+    """Returns nothing. Raises UserError where `checkpoint.keep_best` would not find what it compares."""
+    import jax
+    import numpy as np
+
+    from fm_jax import metrics
+
+    saved, validated = config.checkpoint.every, config.eval.every
+    if not validated or (saved % validated and validated % saved):
+        raise UserError(f"config.checkpoint.keep_best={config.checkpoint.keep_best} needs checkpoints of validated "
+                        f"steps: make one of config.checkpoint.every={saved} and config.eval.every={validated} a "
+                        "multiple of the other")
+    sums = metrics.Sums()
+    values = jax.eval_shape(program.eval_step, program.eval_params(program.abstract), program.batch_spec)
+    sums.add(jax.tree.map(lambda a: np.zeros(a.shape), values))
+    choose(config.checkpoint.best_metric, sums.take("validation/"), "config.checkpoint.best_metric")
+
+
 def _report_bad_step(workdir, bad, values, seen, data):
     """Returns the message about the step `bad` with its metrics `values`, having written its batch to `workdir`.
 
@@ -143,14 +169,18 @@ def _report_bad_step(workdir, bad, values, seen, data):
     import numpy as np
 
     folder = workdir / f"not_finite_{bad}"
-    folder.mkdir(exist_ok=True)
     ids = data.ids(bad)
-    np.savez(folder / "batch.npz", **data.batch(bad))
     numbers = {name: [str(x) for x in np.ravel(value)] for name, value in values.items()}
     report = {"step": bad, "last_step_started": seen, "examples": ids.tolist(), "metrics": numbers}
-    (folder / "report.json").write_text(json.dumps(report, indent=1))
+    try:
+        folder.mkdir(exist_ok=True)
+        np.savez(folder / "batch.npz", **data.batch(bad))
+        (folder / "report.json").write_text(json.dumps(report, indent=1))
+        where = f"the batch in {folder}"
+    except OSError as e:
+        where = f"the batch not, as {folder} cannot be written ({e.strerror})"
     return (f"loss or gradient not finite in step {bad} (steps {bad} to {seen} were not applied): batch {bad}, "
-            f"examples {ids[0]} to {ids[-1]}; the state before it is saved as step {bad}, the batch in {folder}; lower "
+            f"examples {ids[0]} to {ids[-1]}; the state before it is saved as step {bad}, {where}; lower "
             "--config.optimizer.learning_rate, or look into that batch")
 
 

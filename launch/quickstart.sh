@@ -12,11 +12,18 @@ DATA=data/english RUN=runs/quickstart
 
 echo "== 1/3 data: English text and a tokenizer trained on it"
 if [ ! -e "$DATA/manifest.json" ]; then
-  prepare() { "$PYTHON" -m fm_jax.prepare --source "$1" --validation_frac "$2" --tokenizer sentencepiece:4096 --output "$DATA"; }
-  prepare catalogue:wikipedia_introductions 0.02 || {
-    echo "Wikipedia introductions could not be fetched (above); going on with the Shakespeare text of this repository."
-    prepare catalogue:tiny_shakespeare 0.1
+  prepare() {
+    "$PYTHON" -m fm_jax.prepare --source "$1" --validation_frac "$2" --tokenizer sentencepiece:4096 --output "$DATA"
   }
+  code=0
+  prepare catalogue:wikipedia_introductions 0.02 || code=$?
+  case $code in
+    0) ;;
+    69) # no network; anything else, such as Ctrl-C or a full disk, is no reason to train on another text
+      echo "Wikipedia introductions could not be fetched (above); going on with this repository's Shakespeare text."
+      prepare catalogue:tiny_shakespeare 0.1 ;;
+    *) exit "$code" ;;
+  esac
 fi
 echo "== 2/3 training; Ctrl-C saves, the same command continues"
 "$PYTHON" -m fm_jax.train --config configs/causal_lm.py:small --workdir "$RUN" "$@"

@@ -231,8 +231,12 @@ def test_a_checksum_is_the_crc32_of_column_sums(tmp_path):
     assert checkpoint._checksum(tmp_path / "file", 0) == crc
 
 
-def _damage(folder, step):
-    path = max(files(folder, step).values(), key=lambda p: p.stat().st_size)
+def contents(folder):
+    return {p: p.is_file() and p.read_bytes() for p in pathlib.Path(folder).rglob("*")}
+
+
+def _damage(folder, step, item=""):
+    path = max((p for n, p in files(folder, step).items() if n.startswith(item)), key=lambda p: p.stat().st_size)
     path.write_bytes(path.read_bytes()[:-100])
     return path.name
 
@@ -247,9 +251,10 @@ def test_corrupt_newest_stops_and_previous_serves_only_on_request(tmp_path):
     message = str(e.value)
     assert broken in message and "checkpoints/3 is corrupt" in message and "newest good one is step 2" in message
     assert "--config.checkpoint.on_corrupt=previous" in message and "\n" not in message
-    assert checkpoint.steps(tmp_path) == [1, 2, 3]
-
-    state, line = checkpoint.start(tmp_path, config_with(on_corrupt="previous"), abstract(states[0]), fail)
+    config, before = config_with(on_corrupt="previous"), contents(tmp_path)
+    state, _, line = checkpoint.start(tmp_path, config, abstract(states[0]), fail)
+    assert contents(tmp_path) == before   # nothing is moved before all is checked
+    checkpoint.describe_run(tmp_path, config, int(state.step))
     assert bits(state) == bits(states[1])
     assert "from step 2" in line and "3.corrupt" in line
     assert checkpoint.steps(tmp_path) == [1, 2] and (tmp_path / "checkpoints" / "3.corrupt").is_dir()
@@ -258,13 +263,14 @@ def test_corrupt_newest_stops_and_previous_serves_only_on_request(tmp_path):
     assert (tmp_path / "checkpoints" / "3.corrupt").is_dir()
 
     _damage(tmp_path, 3), _damage(tmp_path, 2)
-    state, line = checkpoint.start(tmp_path, config_with(on_corrupt="previous"), abstract(states[0]), fail)
-    assert bits(state) == bits(states[0]) and "3.corrupt1" in line and "2.corrupt" in line
+    state, _, line = checkpoint.start(tmp_path, config, abstract(states[0]), fail)
+    assert bits(state) == bits(states[0]) and "now 2.corrupt, 3.corrupt1" in line
+    checkpoint.describe_run(tmp_path, config, int(state.step))
     _damage(tmp_path, 1)
     with pytest.raises(UserError, match="checkpoints/1 is corrupt"):
         checkpoint.restore_params(tmp_path)
     with pytest.raises(UserError, match="every checkpoint is corrupt"):
-        checkpoint.start(tmp_path, config_with(on_corrupt="previous"), abstract(states[0]), fail)
+        checkpoint.start(tmp_path, config, abstract(states[0]), fail)
 
 
 def test_another_runs_corrupt_checkpoint_is_not_touched(tmp_path):
@@ -274,7 +280,7 @@ def test_another_runs_corrupt_checkpoint_is_not_touched(tmp_path):
     with pytest.raises(UserError, match="on_corrupt=previous"):
         checkpoint.start(tmp_path / "b", config, abstract(make_state()), None)
     config.checkpoint.on_corrupt = "previous"
-    state, _ = checkpoint.start(tmp_path / "b", config, abstract(make_state()), None)
+    state, _, _ = checkpoint.start(tmp_path / "b", config, abstract(make_state()), None)
     assert int(state.step) == 1 and checkpoint.steps(tmp_path / "a") == [1, 2]
 
 
@@ -290,8 +296,6 @@ def test_another_architecture_is_listed(tmp_path):
     with pytest.raises(UserError) as e:
         checkpoint.restore(tmp_path, 1, abstract(many))
     assert "params.p09" in str(e.value) and "params.p10" not in str(e.value) and "more" in str(e.value)
-    with pytest.raises(UserError, match="ema.block.w: wanted absent, found"):
-        checkpoint.restore(tmp_path, 1, abstract(make_state(ema=False)))
     with pytest.raises(UserError, match="opt_state"):
         checkpoint.restore(tmp_path, 1, abstract(make_state()).replace(opt_state=()))
     with pytest.raises(UserError, match="block.w: wanted float32\\[8, 32\\], found float32\\[8, 16\\]"):
@@ -310,12 +314,12 @@ def test_restore_precedence(tmp_path):
                          init_pattern=r"block\..*")
     start = lambda folder: checkpoint.start(tmp_path / folder, config, target, lambda: fresh)
 
-    state, line = start("own")
+    state, _, line = start("own")
     assert bits(state) == bits(own) and "continuing" in line and "step 5" in line
-    state, line = start("new")
+    state, _, line = start("new")
     assert bits(state) == bits(other) and "step 6" in line and "continue_from" in line
     config.checkpoint.continue_from = ""
-    state, line = start("new")
+    state, _, line = start("new")
     assert "2 of 3 parameters" in line and "step 7" in line and "init_from" in line
     for tree in (state.params, state.ema):
         assert bits(tree) == bits({"block": source.ema["block"], "table": fresh.params["table"]})
@@ -325,9 +329,81 @@ def test_restore_precedence(tmp_path):
     with pytest.raises(UserError, match="init_pattern.*blok.*block.w"):
         start("new")
     config.checkpoint.init_from = ""
-    state, line = start("new")
+    state, _, line = start("new")
     assert state is fresh and "fresh" in line
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("key", [None, "continue_from"])
+def test_the_average_can_be_switched_on_and_off_on_the_way(tmp_path, key):
+    without, with_ = make_state(3, ema=False), make_state(4)
+    with_ = with_.replace(ema=jax.tree.map(lambda x: x + 1, with_.params))
+    save(tmp_path / "without", without), save(tmp_path / "with", with_)
+    wanted = with_.replace(ema=jax.tree.map(lambda x: x.astype(jnp.float32), with_.params))   # as a step keeps it
+
+    def start(run, target):
+        folder = tmp_path / ("new" if key else run)
+        config = config_with(**{key: str(tmp_path / run)} if key else {})
+        return checkpoint.start(folder, config, abstract(target), lambda: pytest.fail("must not start afresh"))
+
+    state, _, line = start("without", wanted)
+    assert bits(state.replace(ema=None)) == bits(without) and "it has no average of the parameters" in line
+    assert bits(state.ema) == bits(jax.tree.map(lambda p: p.astype(jnp.float32), without.params))
+    for (n, a), b in zip(jax.tree_util.tree_leaves_with_path(state.ema), jax.tree.leaves(state.params)):
+        assert a.unsafe_buffer_pointer() != b.unsafe_buffer_pointer(), n   # both are donated
+    _damage(tmp_path / "with", 4, "ema")   # it is not read, so it need not be whole
+    state, _, line = start("with", with_.replace(ema=None))
+    assert bits(state) == bits(with_.replace(ema=None)) and "average of the parameters is not read" in line
+    with pytest.raises(UserError, match="ema/.* has .* bytes instead of"):
+        start("with", wanted)
+
+
+def test_initialising_reads_and_verifies_parameters_only_and_once(tmp_path, monkeypatch):
+    state = make_state(3)
+    save(tmp_path / "source", state)
+    shutil.rmtree(tmp_path / "source" / "checkpoints" / "3" / "optimizer")
+    shutil.rmtree(tmp_path / "source" / "checkpoints" / "3" / "params")   # as its average serves
+    read, checksum = [], checkpoint._checksum
+    monkeypatch.setattr(checkpoint, "_checksum", lambda path, i: read.append((path, i)) or checksum(path, i))
+    config = config_with(init_from=str(tmp_path / "source"))
+    got, _, _ = checkpoint.start(tmp_path / "new", config, abstract(state), lambda: make_state(0, seed=8))
+    assert bits(got.params) == bits(state.ema) and read and len(read) == len(set(read))
+    _damage(tmp_path / "source", 3, "ema")
+    with pytest.raises(UserError, match="every checkpoint is corrupt .3: ema/"):
+        checkpoint.start(tmp_path / "new", config, abstract(state), lambda: make_state(0, seed=8))
+
+
+def test_another_tokenizer_is_refused_where_its_ids_would_change_sense(tmp_path):
+    state, axes = make_state(3), {"block": {"w": ("embed", "mlp"), "scale": ("mlp",)}, "table": ("vocab", "embed")}
+    other = Words()
+    other.fingerprint = "xyz"
+    checkpoint.describe_run(tmp_path / "source", config_with(), 0, tokenizer=Words())
+    save(tmp_path / "source", state)
+    start = lambda config, tokenizer: checkpoint.start(
+        tmp_path / "new", config, abstract(state), lambda: make_state(0, seed=8), axes=axes, tokenizer=tokenizer)
+
+    config = config_with(continue_from=str(tmp_path / "source"))
+    assert bits(start(config, Words())[0]) == bits(state)
+    with pytest.raises(UserError, match="source holds .*tokenizer: 'abc' -> 'xyz'.*init_from"):
+        start(config, other)
+    config.batch_size = 7   # may change: that is what it is for
+    start(config, Words())
+    config.objective = "another.Objective"
+    with pytest.raises(UserError, match="objective: 'fm_jax.*' -> 'another.Objective'"):
+        start(config, Words())
+
+    config = config_with(init_from=str(tmp_path / "source"))
+    got, _, line = start(config, Words())
+    assert bits(got.params) == bits(state.params) and "3 of 3 parameters" in line and line.endswith("the others fresh")
+    with pytest.raises(UserError, match="another tokenizer .'abc' -> 'xyz'.*rows of table stand.*init_pattern"):
+        start(config, other)
+    config.checkpoint.init_pattern = r"block\..*"   # without the vocabulary, it is as good a start as any
+    got, _, line = start(config, other)
+    assert bits(got.params["block"]) == bits(state.params["block"]) and "its tokenizer was another" in line
+    (tmp_path / "source" / "run.json").unlink()
+    assert "its tokenizer is not known" in start(config, other)[2]
+    config = config_with(continue_from=str(tmp_path / "source"))
+    assert "it has no run.json: its settings, tokenizer and data are not compared" in start(config, other)[2]
 
 
 # --- Which are kept
@@ -441,7 +517,7 @@ def test_a_kill_during_a_save_leaves_only_good_checkpoints(tmp_path):
     assert there and there[-1] in (3, 4)
     assert [checkpoint.verify(tmp_path, s) for s in there] == [""] * len(there)
     left = set(os.listdir(tmp_path / "checkpoints")) - set(map(str, there))
-    state, line = checkpoint.start(tmp_path, config_with(), abstract(make_state(width=1 << 16)), None)
+    state, _, line = checkpoint.start(tmp_path, config_with(), abstract(make_state(width=1 << 16)), None)
     assert bits(state) == bits(make_state(there[-1], width=1 << 16)) and f"step {there[-1]}" in line
     save(tmp_path, make_state(5))
     assert all(n.isdecimal() for n in os.listdir(tmp_path / "checkpoints")), f"left by the kill: {left}"
@@ -471,8 +547,20 @@ def test_two_processes_save_and_one_restores(tmp_path):
         if jax.process_index() == 0:
             path.write_bytes(whole)
         checkpoint._sync("mended")
-        state, line = checkpoint.start(sys.argv[1], config.defaults(), abstract(state), None)
+        with checkpoint.lock(sys.argv[1]):
+            state, _, line = checkpoint.start(sys.argv[1], config.defaults(), abstract(state), None)
+            checkpoint.describe_run(sys.argv[1], config.defaults(), 1)
         print(line)
+        with open(os.path.join(sys.argv[1], "lock")) as file:
+            if jax.process_index() == 1:   # as a process of another run would
+                checkpoint.fcntl.flock(file, checkpoint.fcntl.LOCK_EX)
+            checkpoint._sync("locked")
+            try:
+                with checkpoint.lock(sys.argv[1]):
+                    pass
+            except UserError as e:
+                print(e)
+            checkpoint._sync("refused")
     """
     env = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
     children = [run(code, tmp_path, port, i, env=env) for i in range(2)]
@@ -483,8 +571,9 @@ def test_two_processes_save_and_one_restores(tmp_path):
             child.kill()
     assert [c.returncode for c in children] == [0, 0], outs
     said = [[line for line in out.splitlines() if "Gloo" not in line] for out, _ in outs]
-    assert said[0] == said[1] and len(said[0]) == 2, outs
+    assert said[0] == said[1] and len(said[0]) == 3, outs
     assert "changed since it was written" in said[0][0] and "from step 1" in said[0][1]
+    assert "another process trains in" in said[0][2]
     assert bits(checkpoint.restore(tmp_path, 1, abstract(make_state()))) == bits(make_state(1))
 
 
@@ -498,60 +587,121 @@ class Words:
 
     def save(self, folder):
         folder.mkdir(exist_ok=True)
-        (folder / "words.txt").write_text("a b c")
+        (folder / "words.txt").write_text("a b c " * 10_000)
+
+
+def begin(folder, config, **described):
+    """Returns the line about where a run begins, as the train command would have begun it."""
+    with checkpoint.lock(folder):
+        state, step, line = checkpoint.start(folder, config, abstract(make_state()), make_state, **described)
+        assert step == int(state.step)
+        checkpoint.describe_run(folder, config, step, **described)
+    return line
 
 
 def test_run_folder_describes_itself(tmp_path):
     config = config_lib.defaults()
     config.steps = 123
-    checkpoint.open_run(tmp_path / "run", config, tokenizer=Words(), data={"texts": "sha256:1"})
+    described = dict(tokenizer=Words(), data={"texts": "sha256:1"})
+    begin(tmp_path / "run", config, **described)
     stored, _ = config_lib.load(tmp_path / "run" / "config.json")
     assert stored.to_json() == config.to_json()
-    assert (tmp_path / "run" / "tokenizer" / "words.txt").read_text() == "a b c"
+    assert (tmp_path / "run" / "tokenizer" / "words.txt").read_text() == "a b c " * 10_000
     run_json = checkpoint.json.loads((tmp_path / "run" / "run.json").read_text())
     assert run_json["data"] == {"texts": "sha256:1"} and run_json["tokenizer"] == "abc"
     assert run_json["starts"][0]["jax"] == jax.__version__
 
     save(tmp_path / "run", make_state(1))
     config.steps, config.optimizer.learning_rate, config.model.remat = 456, 0.5, "full"   # all may change
-    checkpoint.open_run(tmp_path / "run", config, tokenizer=Words(), data={"texts": "sha256:1"})
+    assert "from step 1" in begin(tmp_path / "run", config, tokenizer=Words(), data={"moved/texts": "sha256:1"})
     assert config_lib.load(tmp_path / "run" / "config.json")[0].steps == 456
     assert len(checkpoint.json.loads((tmp_path / "run" / "run.json").read_text())["starts"]) == 2
 
 
 def test_a_run_with_other_settings_is_refused_before_anything_is_written(tmp_path):
     config = config_lib.defaults()
-    checkpoint.open_run(tmp_path, config, tokenizer=Words(), data={"texts": "sha256:1"})
+    described = dict(tokenizer=Words(), data={"texts": "sha256:1"})
+    begin(tmp_path, config, **described)
     save(tmp_path, make_state(1))
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    before = contents(tmp_path)
+
+    def refused(message, config, **changes):
+        with pytest.raises(UserError) as e:
+            begin(tmp_path, config, **(described | changes))
+        assert all(text in str(e.value) for text in message) and "\n" not in str(e.value), e.value
+        assert contents(tmp_path) == before
+
     other = config_lib.defaults()
     other.model.num_layers, other.optimizer.name, other.batch_size = 9, "lion", 64
-    with pytest.raises(UserError) as e:
-        checkpoint.open_run(tmp_path, other)
-    for text in ("model.num_layers: 4 -> 9", "optimizer.name: 'adamw' -> 'lion'", "batch_size: 32 -> 64", "--workdir",
-                 "continue_from"):
-        assert text in str(e.value)
-    with pytest.raises(UserError, match="sha256:2"):
-        checkpoint.open_run(tmp_path, config, data={"texts": "sha256:2"})
+    refused(("model.num_layers: 4 -> 9", "optimizer.name: 'adamw' -> 'lion'", "batch_size: 32 -> 64", "--workdir",
+             "continue_from"), other)
+    other = config_lib.defaults()
+    other.optimizer.moment_dtype = "bfloat16"
+    refused(("optimizer.moment_dtype: 'float32' -> 'bfloat16'",), other)
+    refused(("sha256:2",), config, data={"texts": "sha256:2"})
     tokenizer = Words()
     tokenizer.fingerprint = "xyz"
-    with pytest.raises(UserError, match="tokenizer: 'abc' -> 'xyz'"):
-        checkpoint.open_run(tmp_path, config, tokenizer=tokenizer)
-    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    refused(("tokenizer: 'abc' -> 'xyz'",), config, tokenizer=tokenizer)
+    whole = (tmp_path / "run.json").read_bytes()
+    for damaged in (b"", whole[:-20], b"[]", b"\xff"):
+        (tmp_path / "run.json").write_bytes(damaged)
+        before = contents(tmp_path)
+        refused((f"{tmp_path / 'run.json'}: damaged (", "delete it"), config)
+    (tmp_path / "run.json").unlink()
+    assert "no run.json: its settings, tokenizer and data are not compared" in begin(tmp_path, config, **described)
+    assert checkpoint.json.loads((tmp_path / "run.json").read_text())["tokenizer"] == "abc"
 
 
 def test_a_folder_without_checkpoints_takes_another_config(tmp_path):
     config = config_lib.defaults()
-    checkpoint.open_run(tmp_path, config)
+    begin(tmp_path, config)
     config.model.num_layers = 9
-    checkpoint.open_run(tmp_path, config)
+    begin(tmp_path, config)
     assert config_lib.load(tmp_path / "config.json")[0].model.num_layers == 9
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path):
+    child = run("""
+        with checkpoint.lock(sys.argv[1]):
+            print("held", flush=True)
+            signal.pause()
+    """, tmp_path / "run")
+    assert child.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="another process trains in .*run: wait for its end, or .* --workdir"):
+        begin(tmp_path / "run", config_lib.defaults())
+    assert os.listdir(tmp_path / "run") == ["lock"]
+    child.kill()   # leaves the file, but no lock
+    child.communicate(timeout=60)
+    assert "fresh start" in begin(tmp_path / "run", config_lib.defaults())
+    assert "fresh start" in begin(tmp_path / "run", config_lib.defaults())   # the first has let go of it
+
+
+@pytest.mark.parametrize("room", [4, 20_000])   # less than config.json has, and less than the tokenizer
+def test_a_full_disk_leaves_the_description_of_a_run_whole(tmp_path, room):
+    import resource
+
+    config = config_lib.defaults()
+    begin(tmp_path, config, tokenizer=Words())
+    save(tmp_path, make_state(1))
+    before, limits = contents(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        if room < 20_000:
+            with pytest.raises(UserError, match="--workdir=.*: cannot be used \\(File too large"):
+                begin(tmp_path, config, tokenizer=Words())
+            assert {p: b for p, b in contents(tmp_path).items() if not p.name.endswith(".new")} == before
+        else:   # the tokenizer is there: it is not written again
+            assert "from step 1" in begin(tmp_path, config, tokenizer=Words())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "tokenizer" / "words.txt").read_bytes() == before[tmp_path / "tokenizer" / "words.txt"]
+    assert "from step 1" in begin(tmp_path, config, tokenizer=Words())
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--workdir=.*file/run: cannot be used \\(Not a directory"):
-        checkpoint.open_run(tmp_path / "file" / "run", config_lib.defaults())
+        begin(tmp_path / "file" / "run", config_lib.defaults())
 
 
 @pytest.mark.parametrize("mode", [0o555, 0o000])
@@ -563,7 +713,7 @@ def test_a_read_only_folder_is_one_line(mode):
         if os.geteuid() == 0:
             os.seteuid(65534)   # root may write anywhere
         with pytest.raises(UserError, match="--workdir=.*run: cannot be used \\(Permission denied: .*run"):
-            checkpoint.open_run(root / "run", config_lib.defaults())
+            begin(root / "run", config_lib.defaults())
     finally:
         os.seteuid(os.getuid())
         (root / "run").chmod(0o755)

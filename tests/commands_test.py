@@ -1,9 +1,13 @@
 """The other commands from their command lines: what they print, that it is true, and how they refuse."""
 
+import errno
 import json
 import math
+import os
+import pathlib
 import re
 import shutil
+import zlib
 
 import jax
 import numpy as np
@@ -11,9 +15,10 @@ import pytest
 
 import fm_jax
 from fm_jax import config as config_lib
-from fm_jax import objectives, plan, sharding
+from fm_jax import objectives, plan, report, sharding
 from fm_jax.architecture import SIZES, Architecture
 from fm_jax.data import prepared
+from fm_jax.evals import tasks
 from fm_jax.step import Program
 
 FLAGS = {"train": ("config", "workdir", "profile"), "evaluate": ("workdir", "tasks", "limit"),
@@ -100,6 +105,20 @@ def test_the_largest_size_is_planned_for_a_mesh_that_is_not_here(inline, spec):
     assert "mesh of data 1 x fsdp 256 x tensor 8" in out and "(-, fsdp, tensor" in out
 
 
+def test_plan_needs_no_device(command, spec):
+    """No array is made: on a machine whose platform jax does not find, where the first array would fail."""
+    result = command("plan", spec + "tiny", "--config.optimizer.name=muon", "--config.optimizer.ema_decay=0.5",
+                     "--config.accumulation_steps=2", JAX_PLATFORMS="nowhere")
+    assert result.returncode == 0 and "parameters       37,024" in result.stdout, result.stderr
+
+
+def test_plan_counts_epochs_in_the_data(inline, spec, data):
+    code, out, err = inline("plan", spec + "tiny", f"--config.data.train={data}", "--config.steps=3 epochs")
+    tokens = sum(s["tokens"] for s in json.loads((data / "manifest.json").read_text())["splits"]["train"]["shards"])
+    rows = math.ceil((tokens - 1) / 64)   # each gives 64 targets
+    assert code == 0 and f"FLOPs, {round(3 * rows / 8):,} steps, " in out, err
+
+
 def test_sizes_are_listed_without_a_config(inline):
     code, out, _ = inline("plan", "--sizes")
     assert code == 0 and [line.split()[0] for line in out.splitlines()[1:]] == list(SIZES)
@@ -124,6 +143,10 @@ def test_plan_tells_what_one_token_costs(inline, spec):
     (["--config.model.num_heads=5"], "model.num_heads=5 must divide embed_dim=32"),
     (["--config.seq_len=128"], "config.seq_len=128 exceeds config.model.max_seq_len=64"),
     (["--config.steps=ten"], "config.steps='ten': expected 1000"),
+    (["--config.steps=3 epochs", "--config.data.train=nowhere"],
+     "config.steps='3 epochs' needs the size of the data: no prepared data at 'nowhere'"),
+    (["--config.optimizer.warmup_steps=1 epochs", "--config.data.train="],
+     "config.optimizer.warmup_steps='1 epochs' needs the size of the data: --config.data.train is empty"),
 ])
 def test_what_cannot_be_planned_is_one_line(flags, message, inline, spec):
     code, _, err = inline("plan", spec + "tiny", *flags)
@@ -143,7 +166,7 @@ def test_benchmark_measures_what_it_says(inline, spec):
     assert r["tokens_per_s"] == pytest.approx(512 / r["step_time_s"])
     flops = Architecture(vocab_size=512, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64).flops_per_token(64)
     assert r["flops_per_s"] == pytest.approx(flops * r["tokens_per_s"])
-    assert r["mfu"] is None and r["first_step_s"] > 0 and r["peak_memory_of"] == "process"
+    assert r["mfu"] is None and r["first_step_s"] > 0 and r["peak_memory_of"] == "process in these steps"
     assert 50e6 < r["peak_memory_bytes"] < 64e9
     # One batch again and again is learned; a step that had not run would repeat its loss.
     assert len(r["losses"]) == 6 and r["losses"][-1] < r["losses"][0] and abs(r["losses"][0] - math.log(512)) < 0.5
@@ -159,12 +182,17 @@ def test_generate_prints_what_the_model_says(inline, tiny_run):
     prompts = ["To be", "To be", "Or", "Or"]
     texts = fm_jax.load(folder).generate(prompts, max_new_tokens=5, temperature=1.0, seed=3)
     assert out == "---\n".join(p + t + "\n" for p, t in zip(prompts, texts)) and texts[0] != texts[1]
+    code, on_eight, err = inline("generate", f"--workdir={folder}", "--prompt=To be", "--prompt=Or", "--n=2",
+                                 "--max_new_tokens=5", "--temperature=1.0", "--seed=3", "--mesh=fsdp=4,tensor=2")
+    assert (code, on_eight) == (0, out), err
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--max_new_tokens=256"], "max_new_tokens=256 must be from 1 to 255"),
-    (["--max_new_tokens=0"], "max_new_tokens"), (["--temperature=-1"], "temperature"), (["--top_p=1.5"], "top_p"),
-    (["--step=5"], "unknown 5"), (["--prompt"], "prompt")])
+    (["--max_new_tokens=0"], "max_new_tokens"), (["--temperature=-1"], "temperature=-1.0 must be"),
+    (["--top_p=0"], "top_p=0.0 must be above 0"), (["--top_k=-1"], "top_k=-1 must be"), (["--step=5"], "unknown 5"),
+    (["--prompt"], "prompt"), (["--mesh=fdsp=2"], "--mesh=fdsp=2: axis: unknown 'fdsp'; did you mean 'fsdp'?"),
+    (["--mesh=data=16"], "needs 16 devices, this machine (cpu) has 8")])
 def test_generate_refuses(flags, message, inline, tiny_run):
     code, _, err = inline("generate", f"--workdir={tiny_run[0]}", "--prompt=a", *flags)
     assert code == 2 and message in err and err.count("\n") == 1, err
@@ -174,17 +202,58 @@ def test_evaluate_writes_every_sample_and_prints_the_means(inline, run, data):
     code, out, err = inline("evaluate", f"--workdir={run}", "--limit=4")
     assert code == 0, err
     texts = list(prepared.texts(data, "validation"))
-    found = json.loads((run / "eval" / "12" / "perplexity_3shot.json").read_text())
+    found = json.loads((run / "eval" / "12" / "perplexity_limit4.json").read_text())
     assert found["step"] == 12 and found["limit"] == 4 and len(found["samples"]) == 4
     assert [s["bytes"] for s in found["samples"]] == [len(t.encode()) for t in texts[:4]]
     bits = -sum(s["logprob"] for s in found["samples"]) / sum(s["bytes"] for s in found["samples"]) / math.log(2)
     assert found["metrics"]["bits_per_byte"] == pytest.approx(bits)
     assert re.search(rf"^perplexity +bits_per_byte +{bits:.4f}$", out, re.MULTILINE)
-    few = json.loads((run / "eval" / "12" / "next_sentence_3shot.json").read_text())
-    assert few["metrics"]["questions"] == 4 == len(few["samples"])
+    few = json.loads((run / "eval" / "12" / "next_sentence_3shot_limit4.json").read_text())
+    assert few["metrics"]["questions"] == 4 == len(few["samples"]) and "num_fewshot" not in found
     assert re.search(rf"^next_sentence +acc +{few['metrics']['acc']:.4f} \+- ", out, re.MULTILINE)
-    code, _, _ = inline("evaluate", f"--workdir={run}", "--tasks=perplexity", "--step=4", "--limit=1", f"--data={data}")
-    assert code == 0 and [p.name for p in (run / "eval" / "4").iterdir()] == ["perplexity_3shot.json"]
+    assert re.search(r"^next_sentence +mean_shots +[0-3]\.\d{4}$", out, re.MULTILINE)
+
+
+def test_results_of_other_questions_lie_beside_each_other(inline, run, data, tmp_path):
+    """A look at two documents does not replace the figures of all; and an end of the disk leaves what there was."""
+    evaluate = lambda *flags: inline("evaluate", f"--workdir={run}", "--step=4", "--tasks=perplexity", *flags)
+    other = shutil.copytree(data, tmp_path / data.name)   # of the same name
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "f" * 64}))
+    for flags in ([], ["--limit=2"], ["--limit=1", "--mesh=data=3"], [f"--data={data}", "--limit=1"],
+                  [f"--data={other}", "--limit=1"]):
+        code, _, err = evaluate(*flags)
+        assert code == 0, err
+    mark = manifest["fingerprint"][:8]
+    there = {p.name: json.loads(p.read_text()) for p in (run / "eval" / "4").iterdir()}
+    names = ["perplexity.json", "perplexity_limit2.json", "perplexity_limit1.json",
+             f"perplexity_limit1_prepared-{mark}.json", "perplexity_limit1_prepared-ffffffff.json"]
+    assert set(there) == set(names)
+    every = len(list(prepared.texts(data, "validation")))
+    assert [there[n]["metrics"]["documents"] for n in names] == [every, 2, 1, 1, 1]
+    assert [there[n]["data"] for n in names[2:]] == [str(data), str(data), str(other)]
+
+
+def test_evaluate_names_the_file_that_it_cannot_write(inline, run, monkeypatch):
+    (run / "eval").write_text("in the way")
+    monkeypatch.setitem(tasks.TASKS, "perplexity", lambda *args, **kwargs: pytest.fail("evaluated, all for nothing"))
+    for name in ("evaluate", "report"):
+        code, _, err = inline(name, f"--workdir={run}")
+        assert code == 2 and f"cannot write to {run / 'eval' / '12'}" in err and err.count("\n") == 1, err
+    (run / "eval").unlink()
+    folder = run / "eval" / "12"
+    folder.mkdir(parents=True)
+    (folder / "perplexity.json").write_text("earlier")
+    monkeypatch.setitem(tasks.TASKS, "perplexity", lambda *args, **kwargs: tasks.Result({"bits_per_byte": 1.5}, []))
+
+    def full(path, text):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(pathlib.Path, "write_text", full)
+    code, _, err = inline("evaluate", f"--workdir={run}", "--tasks=perplexity")
+    assert code == 2 and "No space left on device" in err and "'bits_per_byte': 1.5" in err, err
+    assert [p.name for p in folder.iterdir()] == ["perplexity.json"]
+    assert (folder / "perplexity.json").read_bytes() == b"earlier"
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -211,7 +280,53 @@ def test_report_compares_and_draws(inline, run):
     table = {name.strip(): float(bits) for name, bits in re.findall(r"^  (\S.{15}) (\d\.\d{3})$", out, re.MULTILINE)}
     assert set(table) == {"gzip -9", "xz -9e", "order-5 n-gram", "this model"}
     assert list(table.values()) == sorted(table.values(), reverse=True)
-    ours = json.loads((run / "eval" / "12" / "perplexity_0shot.json").read_text())["metrics"]["bits_per_byte"]
-    assert table["this model"] == round(ours, 3)
-    assert "accuracy" in out and "  > To be" in out and f"Run folder  {run}" in out
+    results = {p.name: json.loads(p.read_text()) for p in (run / "eval" / "12").iterdir()}
+    assert set(results) == {"perplexity.json", "next_sentence_0shot.json", "next_sentence_3shot.json"}
+    assert table["this model"] == round(results["perplexity.json"]["metrics"]["bits_per_byte"], 3)
+    zero, few = (results[f"next_sentence_{n}shot.json"]["metrics"] for n in (0, 3))
+    assert f"  0-shot  accuracy {zero['acc_mutual_info']:.3f} +- " in out and few["mean_shots"] < 3
+    assert re.search(rf"  3-shot  accuracy {few['acc_mutual_info']:.3f} \+- .*\(up to 3 shots, "
+                     rf"{few['mean_shots']:.1f} on average fit the context\)", out)
+    assert "  > To be" in out and f"Run folder  {run}" in out
     assert f"Loss curve  {run / 'loss.png'}" in out and (run / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    (run / "loss.png").unlink()
+    (run / "loss.png").mkdir()
+    code, _, err = inline("report", f"--workdir={run}")
+    assert code == 2 and f"cannot write {run / 'loss.png'}: Is a directory" in err and err.count("\n") == 1, err
+
+
+def test_report_measures_all_on_the_runs_held_out_text(inline, run, data, tmp_path):
+    """config.data.validation where there is one, though the training data has none at all; and where a context is too
+    short for the few-shot task, the report says so and goes on."""
+    text = [" ".join(f"word{i * j % 97}" for j in range(20)) for i in range(50)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in text))
+    assert inline("prepare", f"--source={tmp_path / 'x.jsonl'}", "--tokenizer=bytes", "--validation_frac=0",
+                  f"--output={tmp_path / 'x'}", "--workers=1")[0] == 0
+    config, _ = config_lib.load(run / "config.json")
+    config_lib.override(config, {"data.train": str(tmp_path / "x"), "data.validation": str(data),
+                                 "model.max_seq_len": 64})
+    config_lib.save(config, run / "config.json")
+    code, out, err = inline("report", f"--workdir={run}", "--mesh=data=2")
+    assert code == 0, err
+    held_out = list(prepared.texts(data, "validation"))
+    size = sum(len(t.encode()) for t in held_out)
+    assert f"Held-out text: {len(held_out)} documents, {size:,} bytes." in out
+    packed = zlib.compress("\n".join(held_out).encode(), 9, wbits=31)
+    assert f"  gzip -9          {8 * len(packed) / (size + len(held_out) - 1):.3f}\n" in out
+    assert f"the n-gram model has counted {sum(map(len, set(text))):,} bytes of the training text, at most 10,0" in out
+    scored = json.loads((run / "eval" / "12" / "perplexity.json").read_text())
+    assert [s["bytes"] for s in scored["samples"]] == [len(t.encode()) for t in held_out]
+    assert re.search(r"comes next in a document: not measured, as a continuation of \d+ tokens must have 1 to 64", out)
+    assert out.count("  > ") == 3
+
+
+def test_baselines_count_no_more_than_they_are_told(data):
+    config = config_lib.defaults()
+    every = list(prepared.texts(data, "train"))
+    config.data.train = str(data)
+    assert report.train_texts(config) == every
+    for most in (1, 499, 500, 1234):
+        some = report.train_texts(config, most)
+        assert "".join(some) == "".join(every).encode()[:most].decode() and "" not in some
+    config.data.train = f"{data}:3,{data}:1"
+    assert "".join(report.train_texts(config, 2000)) == "".join(every)[:1500] + "".join(every)[:500]

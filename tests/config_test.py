@@ -19,17 +19,17 @@ from fm_jax import config
 from fm_jax.errors import choose
 
 def get_config(arg="small"):
-    settings = config.parse_arg(arg, size="small", seq_len=128, typo=False, bug=False, wrong=False)
-    choose(settings["size"], ("small", "tiny"), "config size")
+    choose(arg, ("small", "tiny", "typo", "wrong", "bug"), "config size")
     c = config.defaults()
     c.steps = 7
-    c.seq_len = settings["seq_len"]
+    c.seq_len = 64 if arg == "tiny" else 128
     c.objective_args = dict(fim_rate=0.0)
-    if settings["typo"]:
+
+    if arg == "typo":
         c.optimizer.learnin_rate = 1.0
-    if settings["wrong"]:
+    if arg == "wrong":
         c.model.update(num_layers="two")
-    if settings["bug"]:
+    if arg == "bug":
         {}["bug"]
     return c
 
@@ -69,6 +69,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "lm.py").write_text(CONFIG)
     (tmp_path / "command.py").write_text(COMMAND)
+    (tmp_path / "no_arg.py").write_text("def get_config(): return None")
     return tmp_path
 
 
@@ -107,11 +108,12 @@ def test_overrides_reach_main(folder):
     (["--workdri=3"], "did you mean --workdir"),
     (["--max_new_tokens=a"], "max_new_tokens=a"),
     (["stray", "--profile"], "unexpected argument 'stray'"),
+    (["--config.objective_args=5"], "config.objective_args='5': expected dict"),
+    (["--config.batch_size=inf"], "config.batch_size='inf': expected int"),
     (["--config=configs/lm.py:smal"], "did you mean 'small'"),
-    (["--config=configs/lm.py:sma=1"], "sma"),
-    (["--config=configs/lm.py:seq_len=a"], "expected int"),
-    (["--config=configs/lm.py:small,typo"], r"configs/lm.py:13: unknown config key .*optimizer.learning_rate"),
-    (["--config=configs/lm.py:small,wrong"], r"configs/lm.py:15: .*num_layers"),
+    (["--config=no_arg.py:small"], "get_config.. of no_arg.py and the argument 'small' .* do not go together"),
+    (["--config=configs/lm.py:typo"], r"configs/lm.py:13: unknown config key .*optimizer.learning_rate"),
+    (["--config=configs/lm.py:wrong"], r"configs/lm.py:15: .*num_layers"),
     (["--config=configs/ml.py"], "did you mean 'configs/lm.py'"),
     (["--config=config/lm.py"], "did you mean 'configs/lm.py'"),
     (["--config=configs"], "no file 'configs'"),
@@ -142,7 +144,7 @@ def test_exit_codes_of_a_process(folder):
     assert (code, err) == (130, "interrupted\n")
     code, out, err = command("--config=configs/lm.py", "--workdir=bug")
     assert code == 1 and "Traceback" in err and err.endswith("RuntimeError: a bug\n")
-    code, out, err = command("--config=configs/lm.py:small,bug", "--workdir=x")
+    code, out, err = command("--config=configs/lm.py:bug", "--workdir=x")
     assert code == 1 and "Traceback" in err and "KeyError: 'bug'" in err   # of the file, not of a ConfigDict
 
 
@@ -187,6 +189,16 @@ def test_resolve_leaves_its_argument_alone_and_waits_for_the_data_size():
     ({"model.norm": "rms"}, "model.norm"),
     ({"model.num_heads": 3}, "num_heads"),
     ({"model.rope_scaling.type": "llama4"}, "llama3"),
+    ({"model.num_heads": 0}, "model.num_heads=0 must be positive"),
+    ({"model.num_kv_heads": -2}, "model.num_kv_heads=-2 must be 0 or more"),
+    ({"model.head_dim": -8}, "model.head_dim=-8"),
+    ({"model.rope_theta": 0.0}, "model.rope_theta=0.0 must be positive"),
+    ({"model.rope_scaling": {"type": "yarn", "factor": "abc"}}, "model.rope_scaling.factor='abc' must be a positive"),
+    ({"model.rope_scaling": {"type": "linear", "factor": 0}}, "model.rope_scaling.factor=0 must be a positive"),
+    ({"optimizer.learning_rate": float("inf")}, "optimizer.learning_rate=inf must be 0 or more, and finite"),
+    ({"optimizer.learning_rate": float("nan")}, "optimizer.learning_rate=nan"),
+    ({"seed": 2 ** 64}, "seed=18446744073709551616 must be from 0"),
+    ({"steps": "1e400 tokens"}, "config.steps='1e400 tokens'"),
     ({"batch_size": 0}, "batch_size=0 must be at least 1"),
     ({"accumulation_steps": 5}, "batch_size=32 must be divisible by config.accumulation_steps=5"),
     ({"seq_len": 4096}, "seq_len=4096 exceeds config.model.max_seq_len=2048"),
@@ -246,7 +258,7 @@ def test_text_becomes_the_type_of_the_key():
 
 
 def test_from_file_and_sweep(folder):
-    c = config_lib.from_file("configs/lm.py:tiny,seq_len=64", {"seed": 3})
+    c = config_lib.from_file("configs/lm.py:tiny", {"seed": 3})
     assert (c.seq_len, c.steps, c.seed) == (64, 7, 3)
     runs = config_lib.sweep("configs/lm.py:tiny")
     assert [(name, r.optimizer.learning_rate, r.seed) for name, r in runs] == [

@@ -161,5 +161,14 @@ def test_errors(model, texts, tokens, message):
         decode.generate(*model, texts, max_new_tokens=tokens)
 
 
+@pytest.mark.parametrize("bad", [{"top_p": 0.0}, {"top_p": 1.5}, {"top_p": float("nan")}, {"top_k": -1},
+                                 {"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": float("inf")}])
+def test_sampling_outside_its_range_is_refused(model, bad):
+    (name, value), = bad.items()
+    for texts in (prompts(3), []):
+        with pytest.raises(UserError, match=f"{name}={value} must be"):
+            decode.generate(*model, texts, max_new_tokens=4, sampling=decode.Sampling(**{"temperature": 1.0, **bad}))
+
+
 def test_no_prompts_give_no_texts(model):
     assert decode.generate(*model, [], max_new_tokens=4) == []

@@ -36,6 +36,10 @@ VARIANTS = {
     "llama3": dict(rope_theta=5e3, rope_scaling=dict(type="llama3", factor=8.0, low_freq_factor=1.0,
                                                      high_freq_factor=4.0, original_max_seq_len=64)),
     "yarn": dict(rope_scaling=dict(type="yarn", factor=4.0, original_max_seq_len=512)),
+    "yarn_set": dict(rope_scaling=dict(type="yarn", factor=3.0, original_max_seq_len=256, beta_fast=12.0, beta_slow=2.0,
+                                       attention_factor=1.4)),
+    "qk_layernorm": dict(norm="layernorm", norm_bias=True, qk_norm="head"),
+    "qk_layernorm_full": dict(norm="layernorm", norm_bias=True, qk_norm="full"),
     "local_encoder": dict(causal=False, layer_pattern=("local",), window=3),
 }
 
@@ -139,8 +143,23 @@ def test_encoder_decoder_equals_naive():
     want_encoded = naive.stack(encoder, ep, list(source[0].astype(float)), segments=source_segments[0])
     want = naive.stack(decoder, dp, list(x[0].astype(float)), context=want_encoded, context_segments=source_segments[0])
     np.testing.assert_allclose(got[0], np.stack(want), **TOLERANCE)
+    # Step by step with a cache, as decoding does.
+    cache, steps = model.Cache.empty(decoder, 1, 8), []
+    for t in range(5):
+        out, cache, _ = jax.jit(d.apply)({"params": dp}, x[:, t : t + 1], context_BSD=encoded, cache=cache,
+                                         context_segment_ids_BS=jnp.asarray(source_segments))
+        steps.append(out[0, 0])
+    np.testing.assert_allclose(np.stack(steps), got[0], rtol=1e-4, atol=1e-4)
+    # Two pairs packed into one row: each segment sees the source of its own.
+    packed = dict(segment_ids_BT=jnp.array([[1, 1, 2, 2, 2]]), context_segment_ids_BS=jnp.array([[1, 1, 1, 2, 2, 2, 0]]))
+    got, _, _ = jax.jit(d.apply)({"params": dp}, x, context_BSD=source, **packed)
+    want = naive.stack(decoder, dp, list(x[0].astype(float)), segments=[1, 1, 2, 2, 2], context=list(source[0].astype(float)),
+                       context_segments=[1, 1, 1, 2, 2, 2, 0])
+    np.testing.assert_allclose(got[0], np.stack(want), **TOLERANCE)
     with pytest.raises(UserError, match="context_BSD"):
         d.apply({"params": dp}, x)
+    with pytest.raises(UserError, match="need context_segment_ids_BS"):
+        d.apply({"params": dp}, x, context_BSD=source, segment_ids_BT=packed["segment_ids_BT"])
 
 
 @pytest.mark.parametrize("variant", ["llama", "gemma3"])
@@ -195,6 +214,18 @@ def test_dropout_has_the_right_mean_and_is_off_without_a_key():
     a, b = (run(module, params, TOKENS, key=k)[0] for k in (jax.random.key(0), jax.random.key(1)))
     assert np.abs(a - b).max() > 1e-2
     np.testing.assert_array_equal(run(module, params, TOKENS)[0], run(module, params, TOKENS)[0])
+
+
+def test_logits_are_added_up_in_float32_whatever_the_compute_dtype():
+    """bfloat16 operands, float32 sums: so that `logits`, `generate` and the loss agree on the likeliest token."""
+    arch, module, params = build(dtype="bfloat16", vocab_size=500)
+    x = jnp.asarray(np.random.default_rng(7).normal(size=(2, 50, 24)), jnp.bfloat16)
+    got = np.asarray(module.apply({"params": params}, x, method="logits"), np.float64)
+    table = np.asarray(jnp.asarray(params["embed"]["tokens"], jnp.bfloat16), np.float64)
+    want = np.asarray(x, np.float64) @ table.T
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)   # bfloat16 sums differ in the third digit
+    _, _, correct = module.apply({"params": params}, x, jnp.asarray(got.argmax(-1), jnp.int32), method="losses")
+    assert np.asarray(correct).all()
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, *SIZES])

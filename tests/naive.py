@@ -44,9 +44,11 @@ def rope_frequency(a, local, i):
         return (1 - smooth) * f / s["factor"] + smooth * f, 1.0
     if s["type"] == "yarn":
         find = lambda turns: dim * math.log(s["original_max_seq_len"] / (turns * 2 * math.pi)) / (2 * math.log(a.rope_theta))
-        low, high = max(math.floor(find(32)), 0), min(math.ceil(find(1)), dim - 1)
+        fast, slow = find(s.get("beta_fast", 32)), find(s.get("beta_slow", 1))
+        low, high = max(math.floor(fast), 0), min(math.ceil(slow), dim - 1)
         ramp = min(max((i - low) / max(high - low, 1e-3), 0), 1)
-        return f / s["factor"] * ramp + f * (1 - ramp), 0.1 * math.log(s["factor"]) + 1
+        factor = s.get("attention_factor") or 0.1 * math.log(s["factor"]) + 1
+        return f / s["factor"] * ramp + f * (1 - ramp), factor
     return f, 1.0
 
 

@@ -23,7 +23,7 @@ AXES = {
     "final_norm": {"scale": ("norm",)},
 }
 SIZES = dict(layers=L, embed=D, kv_heads=K, groups=G, head=H, mlp=F, vocab=V, norm=D)
-NAMES = ["adamw", "lion", "adafactor", "muon"]
+NAMES = config_lib.CHOICES["optimizer.name"]
 
 
 def random_tree(seed, dtype=np.float32, sizes=SIZES):
@@ -44,8 +44,8 @@ def steps(o, params, gradients):
     """Returns the parameters after each gradient."""
     tx, _ = make(o, params)
     state, out = jax.jit(tx.init)(params), []
-    for g in gradients:
-        updates, state = jax.jit(tx.update)(g, state, params)
+    for t, g in enumerate(gradients):
+        updates, state = jax.jit(tx.update)(g, state, params, step=t)
         params = optax.apply_updates(params, updates)
         out.append({n: np.asarray(p) for n, p in tree.flatten(params).items()})
     return out
@@ -178,7 +178,7 @@ def test_a_pattern_that_matches_nothing_is_refused():
         make(settings(no_decay=("layers.atention.*",)), random_tree(0))
 
 
-@pytest.mark.parametrize("kind", ["cosine", "wsd", "linear", "constant"])
+@pytest.mark.parametrize("kind", config_lib.CHOICES["optimizer.schedule"])
 @pytest.mark.parametrize("total, warmup, decay", [(20, 4, 5), (20, 0, 20), (1, 1, 0), (5, 0, 0), (8, 8, 0)])
 def test_schedule_equals_numpy(kind, total, warmup, decay):
     o = settings(schedule=kind, final_learning_rate_frac=0.25)
@@ -199,14 +199,16 @@ def test_schedule_that_does_not_fit_is_refused():
         make(settings(schedule="wsd"), random_tree(0), total=10, warmup=6, decay=5)
 
 
-def test_schedule_drives_the_update():
+def test_schedule_drives_the_update_also_after_a_skipped_step():
     o = settings(name="lion", learning_rate=1.0, weight_decay=0.0, schedule="linear", final_learning_rate_frac=0.0)
-    params, g = random_tree(0), jax.tree.map(jnp.ones_like, random_tree(0))
-    tx, rate = make(o, params, total=4, warmup=1)
+    params = random_tree(0)
+    tx, rate = make(o, params, total=5, warmup=1)
+    tx = optim.skip_outliers(tx, 2.0, 1)
     state = tx.init(params)
-    for t in range(4):
-        updates, state = tx.update(g, state, params)
-        np.testing.assert_allclose(updates["embedding"], -float(rate(t)), rtol=1e-6)
+    for t, size in enumerate((1, 1, 9, 1, 1)):
+        updates, state = tx.update(jax.tree.map(lambda p: jnp.full_like(p, size), params), state, params, step=t)
+        # Lion's direction is the sign.
+        np.testing.assert_allclose(updates["embedding"], -float(rate(t)) if size == 1 else 0.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -216,7 +218,7 @@ def test_bfloat16_parameters_keep_float32_state_and_a_stable_structure(name):
     state = tx.init(params)
     floats = [x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert set(floats) == {jnp.dtype("float32")}
-    updates, after = tx.update(random_tree(1, jnp.bfloat16), state, params)
+    updates, after = tx.update(random_tree(1, jnp.bfloat16), state, params, step=0)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
     assert optax.apply_updates(params, updates)["embedding"].dtype == jnp.bfloat16
 
@@ -261,8 +263,8 @@ def test_sharded_update_equals_unsharded(name):
     wq = [x for x in jax.tree.leaves(state) if x.shape == params["layers"]["attention"]["wq"].shape]
     assert wq and all(len(x.sharding.device_set) == 8 and not x.is_fully_replicated for x in wq)
     update = jax.jit(tx.update, out_shardings=(shardings, of_state))
-    got, _ = update(jax.device_put(grad, shardings), state, jax.device_put(params, shardings))
-    want, _ = jax.jit(tx.update)(grad, tx.init(params), params)
+    got, _ = update(jax.device_put(grad, shardings), state, jax.device_put(params, shardings), step=0)
+    want, _ = jax.jit(tx.update)(grad, tx.init(params), params, step=0)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), got, want)   # order of sums
 
 
@@ -278,11 +280,7 @@ def test_ema_equals_numpy():
         np.testing.assert_allclose(x, want[n], rtol=1e-5, atol=1e-6)   # float32 rounding
 
 
-def test_optimizer_names_are_those_of_the_config():
-    assert config_lib.CHOICES["optimizer.name"] == tuple(NAMES)
-
-
-def test_outlier_steps_change_nothing_and_are_counted():
+def test_outlier_steps_change_nothing():
     norms = [2.0, 9.0, 4.0, 100.0, 5.0, 11.0, 10.0, 0.0]   # 9 comes within the warm-up of two steps
     params = {"w": jnp.ones(4)}
     tx = optim.skip_outliers(optax.sgd(1.0, momentum=0.5), 2.0, 2)
@@ -301,7 +299,7 @@ def test_outlier_steps_change_nothing_and_are_counted():
             taken.append(norm)
         np.testing.assert_allclose(updates["w"], want["w"], rtol=1e-6)   # float32 rounding
         np.testing.assert_allclose(state.mean_norm, mean, rtol=1e-6)
-    assert (int(state.taken), int(state.skipped)) == (len(taken), len(norms) - len(taken)) and len(taken) < len(norms)
+    assert int(state.taken) == len(taken) < len(norms)
 
 
 def test_a_lasting_rise_of_the_gradient_norm_is_followed_and_no_warmup_skips_not_everything():
@@ -311,11 +309,11 @@ def test_a_lasting_rise_of_the_gradient_norm_is_followed_and_no_warmup_skips_not
     for norm in [1.0] * 60 + [20.0] * 300:
         _, state = update({"w": jnp.full(1, norm)}, state, params)
     # A skipped step multiplies the mean by 1 + 0.02 (2 - 1): it passes 20 / 2 after ln 10 / ln 1.02 = 117 steps.
-    assert 100 < int(state.skipped) < 130 and float(state.mean_norm) > 10
+    assert 100 < 360 - int(state.taken) < 130 and float(state.mean_norm) > 10
 
 
 def test_moments_keep_their_shardings_inside_skip_outliers():
     params = random_tree(0)
     tx = optim.skip_outliers(make(settings(), params)[0], 2.0, 2)
     placed = jax.tree.leaves(optim.state_shardings(tx, params, tree.names(params), "replicated"))
-    assert placed.count("layers.attention.wq") == 2 and placed.count("replicated") >= 4
+    assert placed.count("layers.attention.wq") == 2 and placed.count("replicated") == 3   # counts, mean norm

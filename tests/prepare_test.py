@@ -64,6 +64,9 @@ def test_the_embedded_text_needs_no_network(tmp_path):
     ({"x.jsonl": jsonl(50).encode(), "out/mine.txt": b"keep"}, [], "--output=out exists and is no prepared data"),
     ({"x.jsonl": jsonl(50).encode()}, ["--tokenizer=toknizer.model"], "toknizer.model: no such tokenizer"),
     ({"x.jsonl": jsonl(50).encode()}, ["--tokenizer=sentencepiece:100000"], "is too large for this text: at most"),
+    ({"x.jsonl": jsonl(50).encode()}, [r"--document_separator=\n"], "cuts plain text (.txt, .md), and --source"),
+    ({"x.jsonl": b'{"text": "\xe2\x96\x85"}\n'}, ["--tokenizer=sentencepiece:300", "--validation_frac=0"],
+     "no text that SentencePiece learns from"),
     ({"x.jsonl": jsonl(50).encode()}, ["--tokeniser=bytes"], "did you mean --tokenizer"),
     ({"x.jsonl": jsonl(50).encode()}, ["--source=catalogue:wikipedia"], "catalogue: unknown 'wikipedia'"),
     ({"x.jsonl": jsonl(50).encode(), "file": b""}, ["--output=file/out"], "cannot write --output=file/out"),
@@ -79,21 +82,55 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(tmp_path, files, flags, 
     assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == set(files)
 
 
+def until(folder, stage):
+    """Returns the process of the command on x.jsonl, started in `folder`, when it has made the folder `stage`."""
+    # A suite that a shell put into the background ignores SIGINT, and so would its children: a terminal's do not.
+    code = ("import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "runpy.run_module('fm_jax.prepare', run_name='__main__', alter_sys=True)")
+    process = subprocess.Popen([sys.executable, "-c", code, "--source=x.jsonl", "--tokenizer=bytes", "--output=out",
+                                "--workers=2"], cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while process.poll() is None and not list(folder.glob(f".out.partial-*-{process.pid}/{stage}")):
+        time.sleep(0.002)
+    return process
+
+
 @pytest.mark.parametrize("stage", ["spool", "train"])
 def test_an_interrupt_leaves_nothing(tmp_path, stage):
     """As a terminal does it: the signal goes to the workers too. Reading makes spool/, tokenizing train/."""
     (tmp_path / "x.jsonl").write_text(jsonl(150_000))
-    # A suite that a shell put into the background ignores SIGINT, and so would its children: a terminal's do not.
-    process = subprocess.Popen([sys.executable, "-m", "fm_jax.prepare", "--source=x.jsonl", "--tokenizer=bytes",
-                                "--output=out", "--workers=2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    while process.poll() is None and not list(tmp_path.glob(f".out.partial-*/{stage}")):
-        time.sleep(0.002)
+    process = until(tmp_path, stage)
     os.killpg(process.pid, signal.SIGINT)
     stderr = process.communicate()[1]
     assert process.returncode == 130 and stderr.splitlines()[-1] == "interrupted", stderr
     assert [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+def test_what_a_killed_command_leaves_goes_with_the_next_of_that_output(tmp_path):
+    (tmp_path / "x.jsonl").write_text(jsonl(150_000))
+    process = until(tmp_path, "spool")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    [left] = tmp_path.glob(".out.partial-*")
+    # A process that runs, this one, another machine's of that number, and another output's keep theirs.
+    name, _, number = left.name.rpartition("-")
+    others = [f"{name}-{os.getpid()}", f"{name}-else-{number}", left.name.replace("out", "out2")]
+    for other in others:
+        (tmp_path / other).mkdir()
+    (tmp_path / "x.jsonl").write_text(jsonl(100))
+    result = run("--source=x.jsonl", "--tokenizer=bytes", "--output=out", "--workers=1", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"x.jsonl", "out", *others}
+
+
+def test_only_a_failed_download_has_an_exit_code_of_its_own(tmp_path):
+    """launch/quickstart.sh takes other data where it sees it."""
+    flags = ("--source=catalogue:wikipedia_introductions", "--tokenizer=bytes", "--output=x")
+    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "FM_JAX_CACHE": str(tmp_path / "cache")}
+    result = run(*flags, cwd=tmp_path, **offline)
+    assert result.returncode == 69 and result.stderr.startswith("error: catalogue:wikipedia_introductions: could not")
+    assert result.stderr.count("\n") == 1 and not (tmp_path / "x").exists()
+    (tmp_path / "file").touch()
+    assert run(*flags, cwd=tmp_path, **offline | {"FM_JAX_CACHE": str(tmp_path / "file")}).returncode == 2
 
 
 def test_help_is_quick_because_nothing_heavy_is_imported(tmp_path):

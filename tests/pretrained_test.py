@@ -1,14 +1,20 @@
 """What `fm_jax.load` gives: the trained model, ready to use, on any mesh."""
 
+import io
 import json
+import lzma
+import pathlib
 import shutil
 
 import jax
 import numpy as np
 import pytest
+import sentencepiece
+import tokenizers as hf
 
 import fm_jax
-from fm_jax import checkpoint, config as config_lib, objectives, pretrained, tree
+from fm_jax import checkpoint, config as config_lib, decode, objectives, pretrained, tree
+from fm_jax import tokenizer as tokenizers
 from fm_jax.errors import UserError
 
 
@@ -33,6 +39,7 @@ def test_it_has_what_the_run_had(lm, tiny_run):
 
 def test_step_and_average_can_be_chosen(lm, tiny_run):
     folder, _ = tiny_run
+    assert lm.step == 12 and fm_jax.load(folder, step=4).step == 4
     raw, older = pretrained.load(folder, ema=False), fm_jax.load(folder, step=4)
     want = tree.flatten(checkpoint.restore_params(folder, 12))
     got = tree.flatten(raw.params)
@@ -73,9 +80,69 @@ def test_generate_continues_text(lm):
     assert texts[0] == lm.tokenizer.decode(ids[6:]) and all(isinstance(t, str) for t in texts)
     draw = lambda seed: lm.generate(["To be"] * 2, max_new_tokens=8, temperature=1.0, seed=seed, stop_at_end=False)
     assert draw(0) == draw(0) != draw(5) and draw(0)[1] == draw(1)[0]   # prompt i draws from seed + i
-    with pytest.raises(UserError, match="give a list of texts"):
-        lm.generate("To be")
-    assert lm.generate([]) == []
+    with pytest.raises(UserError, match="top_p=0 must be above 0"):
+        lm.generate(["To be"], temperature=1.0, top_p=0)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tokenizer.json"])
+def test_generated_text_keeps_its_spaces(kind, lm, tmp_path, monkeypatch):
+    """Published tokenizers put a space before every text and take it off again."""
+    shakespeare = pathlib.Path(fm_jax.__file__).parent / "data" / "shakespeare.txt.xz"
+    lines = lzma.decompress(shakespeare.read_bytes())[:100_000].decode().splitlines()
+    if kind == "sentencepiece":   # its default options
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, vocab_size=400,
+                                                 minloglevel=2)
+        (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    else:                         # as of Llama 2 and Gemma
+        model = hf.Tokenizer(hf.models.BPE())
+        model.normalizer = hf.normalizers.Sequence([hf.normalizers.Prepend("\u2581"),
+                                                    hf.normalizers.Replace(" ", "\u2581")])
+        model.pre_tokenizer = hf.pre_tokenizers.Split("\u2581", "merged_with_next")
+        model.decoder = hf.decoders.Sequence([hf.decoders.Replace("\u2581", " "), hf.decoders.Fuse(),
+                                              hf.decoders.Strip(" ", 1, 0)])
+        model.train_from_iterator(lines, hf.trainers.BpeTrainer(
+            vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False))
+        model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = tokenizers.load(tmp_path)
+    other = pretrained.Pretrained(lm.config, tokenizer, lm.objective, lm.params)
+    # What the model says is given: a new word, or the end of one.
+    word, end = tokenizer.encode("is dead"), tokenizer.encode("O, the king")[len(tokenizer.encode("O")):]
+    assert tokenizer.decode(word) == "is dead"
+    twice = " is dead" if kind == "tokenizer.json" else "is dead"   # SentencePiece reads "the king " as "the king"
+    for prompt, new, want in [("the king", word, " is dead"), ("O", end, ", the king"), ("", word, "is dead"),
+                              ("the  king", word, " is dead"), ("  the king", word, " is dead"),
+                              ("\ufb01", word, " is dead"), ("the king ", word, twice)]:
+        monkeypatch.setattr(decode, "generate", lambda *args, **kwargs: [new])
+        assert other.generate([prompt]) == [want], prompt
+
+
+def test_texts_are_lists_of_texts(lm):
+    assert lm.generate([]) == lm.score([], []) == lm.score_texts([]) == []
+    assert lm.embed([]).shape == (0, 32) and lm.embed([]).dtype == np.float32
+    assert lm.embed(iter(["a", "b"])).shape == (2, 32)
+    for call, name in [(lm.generate, "prompts"), (lm.embed, "texts"), (lm.score_texts, "texts"),
+                       (lambda text: lm.score(text, ["a"] * 5), "contexts"),
+                       (lambda text: lm.score(["a"] * 5, text), "continuations")]:
+        for text in ("To be", b"To be"):
+            with pytest.raises(UserError, match=f"{name}=.*give a list of texts"):
+                call(text)
+        with pytest.raises(UserError, match=f"{name}: expected texts, got 3"):
+            call(["a", 3, "a", "a", "a"])
+
+
+def test_new_parameters_are_used_at_once(tiny_run, lm):
+    other = fm_jax.load(tiny_run[0], step=4)
+    say = lambda model: model.generate(["To be", "A"], max_new_tokens=6, stop_at_end=False)
+    older, newest = say(other), say(lm)
+    assert older != newest
+    other.params = lm.params
+    assert say(other) == newest
+    made = other._decode_params[1]
+    assert say(other) == newest and other._decode_params[1] is made   # and not made again for nothing
+    other.params = {**other.params, "embed": {**other.params["embed"]}}
+    other.params["embed"]["tokens"] = -other.params["embed"]["tokens"]   # one array of them, in place
+    assert say(other) != newest
 
 
 def test_embeddings_do_not_depend_on_what_is_beside_or_behind(lm):
@@ -96,6 +163,8 @@ def test_another_mesh_gives_the_same(lm, tiny_run):
     np.testing.assert_allclose(other.embed(["a text"]), lm.embed(["a text"]), atol=1e-5)
     assert other.score(["To be"], [" or not"])[0].logprob == pytest.approx(lm.score(["To be"], [" or not"])[0].logprob,
                                                                           abs=1e-4)
+    np.testing.assert_allclose(other.score_texts(["a text", "b" * 300]), lm.score_texts(["a text", "b" * 300]),
+                               atol=1e-3)
     ours, theirs = (m.generate(["To be", "A", "Or not"], max_new_tokens=6) for m in (other, lm))
     assert ours == theirs
 
@@ -119,3 +188,17 @@ def test_folders_without_a_run_are_named(tmp_path, tiny_run):
         fm_jax.load(run)
     with pytest.raises(UserError, match="needs 16 devices, this machine .cpu. has 8"):
         fm_jax.load(tiny_run[0], mesh={"data": 16})
+
+
+@pytest.mark.parametrize("text, want", [("", None), ("fsdp=4,tensor=2", {"fsdp": 4, "tensor": 2}),
+                                        ("data=-1", {"data": -1})])
+def test_meshes_from_text(text, want):
+    assert pretrained.parse_mesh(text) == want
+
+
+@pytest.mark.parametrize("text, message", [
+    ("fdsp=4", "--mesh=fdsp=4: axis: unknown 'fdsp'; did you mean 'fsdp'"), ("8", "unknown '8'"),
+    ("fsdp", "as in fsdp=4,tensor=2; got 'fsdp'"), ("data=x", "got 'data=x'"), ("data=2,data=4", "got 'data=4'")])
+def test_meshes_that_are_none_are_named(text, message):
+    with pytest.raises(UserError, match=message):
+        pretrained.parse_mesh(text)

@@ -1,4 +1,4 @@
-"""`make quickstart` in small: the same script in a copy of the checkout, with the embedded text and few steps."""
+"""The quickstart's script: its branches with a stand-in for Python; and, slow, all of it in small, with few steps."""
 
 import json
 import os
@@ -10,6 +10,50 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+# Takes the place of Python: notes which command was called on what, and ends as the test says for that call.
+STAND_IN = """#!/usr/bin/env bash
+case "$2" in
+  fm_jax.prepare) call="prepare $4" ;;
+  *) call=${2#fm_jax.} ;;
+esac
+echo "$call" >> calls
+code=$(sed -n "s|^$call=||p" codes)
+if [[ $call == prepare* && -z $code ]]; then mkdir -p data/english && touch data/english/manifest.json; fi
+exit ${code:-0}
+"""
+WIKIPEDIA, SHAKESPEARE = "prepare catalogue:wikipedia_introductions", "prepare catalogue:tiny_shakespeare"
+
+
+@pytest.mark.parametrize("codes, calls, ends_with", [
+    ({}, [WIKIPEDIA, "train", "report"], 0),
+    ({WIKIPEDIA: 69}, [WIKIPEDIA, SHAKESPEARE, "train", "report"], 0),                  # no network
+    ({WIKIPEDIA: 130}, [WIKIPEDIA], 130),                                               # Ctrl-C
+    ({WIKIPEDIA: 2}, [WIKIPEDIA], 2),                                                   # a full disk
+    ({WIKIPEDIA: 1}, [WIKIPEDIA], 1),                                                   # a bug
+    ({WIKIPEDIA: 69, SHAKESPEARE: 130}, [WIKIPEDIA, SHAKESPEARE], 130),
+    ({"train": 130}, [WIKIPEDIA, "train"], 130),
+    ({"report": 2}, [WIKIPEDIA, "train", "report"], 2),
+])
+def test_other_text_is_taken_only_where_the_first_cannot_be_fetched(tmp_path, codes, calls, ends_with):
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch" / "quickstart.sh", tmp_path / "launch")
+    (tmp_path / "python").write_text(STAND_IN)
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "codes").write_text("".join(f"{call}={code}\n" for call, code in codes.items()))
+
+    def quickstart():
+        (tmp_path / "calls").write_text("")
+        result = subprocess.run([tmp_path / "launch" / "quickstart.sh"], cwd="/", capture_output=True, text=True,
+                                env=os.environ | {"PYTHON": str(tmp_path / "python")})
+        assert ("could not be fetched" in result.stdout) == (SHAKESPEARE in calls)
+        return (tmp_path / "calls").read_text().splitlines(), result.returncode
+
+    assert quickstart() == (calls, ends_with)
+    if ends_with == 0:      # the next time the data is there
+        calls = ["train", "report"]
+        assert quickstart() == (calls, 0)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
+import tokenizers as hf
 
 from fm_jax import config as config_lib
 from fm_jax import objectives, scoring, sharding
@@ -85,6 +86,17 @@ def test_an_empty_context_is_the_beginning_of_text():
         encode = staticmethod(lambda text: np.array([7, 8, 9] if text.startswith("<") else [8, 9]))
     assert scoring.encode_pair(NoBeginning, "", "ab") == ([7], [8, 9])
     assert scoring.encode_pair(NoBeginning, "", "<ab") == ([7], [8, 9])
+
+
+def test_a_context_that_the_tokenizer_drops_is_the_beginning_of_text(tmp_path):
+    """Published tokenizers normalise: of a zero-width space nothing remains, and a word would follow nothing."""
+    model = hf.Tokenizer(hf.models.WordLevel({"<s>": 0, "cat": 1, "sat": 2, "<unk>": 3}, unk_token="<unk>"))
+    model.normalizer, model.pre_tokenizer = hf.normalizers.Replace("\u200b", ""), hf.pre_tokenizers.Whitespace()
+    model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = tokenizers.load(tmp_path)
+    assert scoring.encode_pair(tokenizer, "\u200b", " cat sat") == ([0], [1, 2])
+    assert scoring.encode_pair(tokenizer, "cat", " sat") == ([1], [2])
+    assert scoring.encode_pair(tokenizer, "", "\u200b") == ([0], [])   # which `score` refuses
 
 
 @pytest.mark.parametrize("context, continuation, message", [
@@ -183,3 +195,19 @@ def test_a_continuation_longer_than_the_context_is_refused(model):
         scoring.score(*model, [([1], [2] * 65)])
     with pytest.raises(UserError, match="a continuation of 0 tokens"):
         scoring.score(*model, [([1], [])])
+
+
+def test_a_continuation_of_nothing_is_refused(model):
+    """The first of its tokens would have no place: they would score 0, as if they were certain."""
+    for context in ([], np.zeros(0, np.int32)):
+        with pytest.raises(UserError, match="a context of 0 tokens"):
+            scoring.score(*model, [([1], [2]), (context, [2, 3])])
+
+
+def test_a_tokenizer_without_ends_is_named(model):
+    class Endless:
+        bos_id = eos_id = None
+        encode = staticmethod(lambda text: np.array([8, 9]))
+    for score in (lambda: scoring.encode_pair(Endless, "", "ab"), lambda: scoring.score_texts(*model, Endless, ["ab"])):
+        with pytest.raises(UserError, match="no beginning- or end-of-text token"):
+            score()

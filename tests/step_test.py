@@ -108,12 +108,13 @@ def test_the_models_use_every_rule():
 
 
 @pytest.mark.parametrize("mesh, n", [((1, 1, 1), 4), ((2, 2, 2), 2)], ids=str)
-def test_accumulation_equals_the_large_batch(mesh, n, one_device):
+def test_accumulation_equals_the_large_batch(mesh, n):
     program = make(mesh, accumulation_steps=n)
     data = batches(program, 3)
     weights = data[1]["weights"].reshape(-1, n, LENGTH).sum((0, 2))
     assert weights.max() > 1.05 * weights.min()   # so that a mean of the microbatches' means would be another number
-    assert_same_run(run(program, data), one_device("scanned"))
+    data[2]["weights"][1::n] = 0   # a microbatch without a scored token
+    assert_same_run(run(program, data), run(make(), data))
 
 
 def test_a_step_is_a_function_of_its_inputs(one_device):
@@ -149,16 +150,31 @@ def test_evaluation_sums_add_up_to_the_loss(one_device):
         np.testing.assert_allclose([a + b for a, b in zip(halves[0][name], halves[1][name])], whole[name], rtol=1e-5)
     part["weights"][:] = 0
     empty = program.eval_step(state.params, program.place(part))
-    assert float(empty["loss"][0]) == 0 and float(empty["loss"][1]) > 0
+    assert all(float(x) == 0 for x in jax.tree.leaves(empty))
+
+
+def test_evaluation_takes_the_memory_of_a_microbatch():
+    whole, parts, small = make(batch_size=64), make(batch_size=64, accumulation_steps=8), make(batch_size=8)
+    need = lambda p: p.eval_step.lower(p.abstract.params, p.batch_spec).compile().memory_analysis().temp_size_in_bytes
+    assert need(parts) < 1.5 * need(small) < need(whole) / 4   # the sums and the scan need little
+    params = whole.init().params
+    batch = whole.place(whole.objective.random_batch(64, np.random.default_rng(0)))
+    got, want = parts.eval_step(params, batch), whole.eval_step(params, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)   # order of sums
 
 
 # --- health ---------------------------------------------------------------------------------------------------------
 
+# Lion moves a parameter by the learning rate, or not at all where its momentum is 0.
+WATCHED = {"optimizer.ema_decay": 0.6, "optimizer.name": "lion", "optimizer.weight_decay": 0.0,
+           "optimizer.learning_rate": 0.01, "optimizer.schedule": "linear", "optimizer.clip_norm": 1.0,
+           "health.skip_grad_norm_factor": 2.0, "health.skip_grad_norm_warmup_steps": 2}
+
+
 @pytest.fixture(scope="module")
 def watched():
-    """Returns a Program with an average of the parameters that skips outliers from its third step on."""
-    return make(**{"optimizer.ema_decay": 0.6, "optimizer.learning_rate": 0.01,
-                   "health.skip_grad_norm_factor": 2.0, "health.skip_grad_norm_warmup_steps": 2})
+    """Returns a Program with an average of the parameters that clips, and skips outliers from its third step on."""
+    return make(**WATCHED)
 
 
 @pytest.mark.parametrize("where", ["batch", "parameter"])
@@ -187,18 +203,56 @@ def test_a_step_that_is_not_finite_changes_nothing_nor_do_the_next(watched, wher
             np.testing.assert_array_equal(host(state)[n], a, err_msg=n)
 
 
-def test_an_outlier_is_skipped_and_counted(watched):
-    data, state, skipped = batches(watched, 5), watched.init(), []
-    # The gradient of two tokens alone is several times the mean's over all.
+def test_a_batch_without_a_scored_token_has_gradient_0(watched):
+    good, empty = batches(watched, 2)
+    empty["weights"][:] = 0
+    state = watched.init()
+    for step, (batch, moves) in enumerate([(empty, False), (good, True), (empty, True)]):   # at last, by momentum
+        before = host(state.params)
+        state, values = watched.train_step(state, watched.place(batch), step)
+        if batch is empty:
+            assert [float(x) for x in (*values["loss"], values["grad_norm"][0])] == [0, 0, 0]
+        assert float(values["finite"][0]) == 1 and int(state.step) == step + 1
+        assert any((a != before[n]).any() for n, a in host(state.params).items()) == moves
+
+
+def with_outlier(program):
+    """Returns five batches; of the fourth, the gradient of two tokens alone is several times the mean's over all."""
+    data = batches(program, 5)
     data[3]["weights"][:] = 0
     data[3]["weights"][0, :2], data[3]["segment_ids"][0, :3] = 1, 1
-    for step, batch in enumerate(data):
+    return data
+
+
+def test_an_outlier_is_skipped_and_counted(watched):
+    state, skipped, rates = watched.init(), [], []
+    for step, batch in enumerate(with_outlier(watched)):
         before = host(state.params)
-        state, metrics = watched.train_step(state, watched.place(batch), step)
-        skipped.append(int(metrics["skipped_steps"][0]))
-        moved = any((a != before[n]).any() for n, a in host(state.params).items())
-        assert moved == (step != 3) and int(state.step) == step + 1   # a skipped step counts as done
-    assert skipped == [0, 0, 0, 1, 1]
+        state, values = watched.train_step(state, watched.place(batch), step)
+        skipped.append(float(values["skipped_steps"]))
+        rates.append(float(values["learning_rate"][0]))
+        moved = max(np.abs(a - before[n]).max() for n, a in host(state.params).items())
+        assert moved == pytest.approx(0 if step == 3 else rates[-1], rel=1e-3)   # rounding of parameters near 1
+        assert int(state.step) == step + 1   # a skipped step counts as done
+    assert skipped == [0, 0, 0, 1, 0] and sorted(set(rates), reverse=True) == rates
+
+
+def test_clipping_and_skipping_can_be_switched_within_a_run(watched):
+    """After a loss spike, a run goes on from before it with skipping on, which knows the norms until then."""
+    plain = make(**WATCHED | {"health.skip_grad_norm_factor": 0.0, "optimizer.clip_norm": 0.0})
+    assert tree.difference(plain.abstract, watched.abstract) == []
+    *data, spike, _ = with_outlier(plain)
+    state = plain.init()
+    for step, batch in enumerate(data):
+        state, values = plain.train_step(state, plain.place(batch), step)
+        assert "skipped_steps" not in values
+    before = host(state.params)
+    skipped, values = watched.train_step(jax.tree.map(jnp.copy, state), watched.place(spike), 3)
+    state, _ = plain.train_step(state, plain.place(spike), 3)
+    assert values["skipped_steps"] == 1
+    for n, a in host(skipped.params).items():
+        np.testing.assert_array_equal(a, before[n], err_msg=n)
+        assert (host(state.params)[n] != a).any(), n
 
 
 def test_the_average_of_parameters_equals_numpy(watched):

@@ -190,8 +190,9 @@ def test_errors_name_the_value_and_the_remedy(sentencepiece_folder, tmp_path):
         tokenizers.train_sentencepiece(TEXT, 5000, tmp_path / "x")
     with pytest.raises(UserError, match="too small"):
         tokenizers.train_sentencepiece(TEXT, 100, tmp_path / "x")
-    with pytest.raises(UserError, match="no text"):
-        tokenizers.train_sentencepiece([""], 300, tmp_path / "x")
+    for texts, message in (([""], "no text to train"), (["\u2585" * 9, "a\u2585"], "U.2585"), (["\0" * 9], "U.0000")):
+        with pytest.raises(UserError, match=message):
+            tokenizers.train_sentencepiece(texts, 300, tmp_path / "x")
     tokenizers.check_vocab(loaded, 330)
     with pytest.raises(UserError, match="--config.model.vocab_size=330"):
         tokenizers.check_vocab(loaded, 329)

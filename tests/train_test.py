@@ -14,7 +14,7 @@ import pytest
 
 from fm_jax import checkpoint, config as config_lib, metrics, objectives, sharding, tree
 from fm_jax import train as train_lib
-from fm_jax.data import batches
+from fm_jax.data import batches, documents, prepared
 from fm_jax.errors import UserError
 from fm_jax.step import Program
 
@@ -32,14 +32,28 @@ def show_then_signal(self, step, **values):
 metrics.Progress.show = show_then_signal
 runpy.run_module("fm_jax.train", run_name="__main__", alter_sys=True)
 """
-# An objective whose examples 40 to 47, batch 5 of 8, have a weight that is not a number.
+# Runs the command, and lets no file grow beyond so many bytes once the progress of a step is shown, as a full disk.
+FULL = """
+import resource, runpy, sys
+from fm_jax import metrics
+at, room = map(int, sys.argv[1:3])
+del sys.argv[1:3]
+show = metrics.Progress.show
+def show_then_fill(self, step, **values):
+    show(self, step, **values)
+    if step == at:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+metrics.Progress.show = show_then_fill
+runpy.run_module("fm_jax.train", run_name="__main__", alter_sys=True)
+"""
+# An objective whose examples 40 to 47, batch 5 of 8, have a weight that is not a number (or another).
 POISONED = """
 import numpy as np
 from fm_jax.data.mixture import hash_ints
 from fm_jax.objectives.causal_lm import CausalLM
 class Poisoned(CausalLM):
-    def examples(self, records, seeds):
-        made = super().examples(records, seeds)
+    def examples(self, records, seeds, train=True):
+        made = super().examples(records, seeds, train)
         made["weights"][np.isin(seeds, hash_ints(0, np.arange(40, 48)))] = np.nan
         return made
 """
@@ -73,13 +87,18 @@ def rows(folder, kind=""):
     return [r for r in found if any(k.startswith(kind) for k in r)]
 
 
+def contents(folder):
+    """Returns {path: bytes} of every file, False for folders."""
+    return {p: p.is_file() and p.read_bytes() for p in folder.rglob("*")}
+
+
 # --- A whole run ----------------------------------------------------------------------------------------------------
 
 def test_a_run_describes_itself_and_learns(tiny_run, data):
     folder, out = tiny_run
     assert checkpoint.steps(folder) == [4, 8, 12]
     assert {p.name for p in folder.iterdir()} == {"config.json", "run.json", "tokenizer", "metrics.jsonl",
-                                                  "tensorboard", "checkpoints"}
+                                                  "tensorboard", "checkpoints", "lock"}
     config, filled = config_lib.load(folder / "config.json")
     assert not filled and config.steps == 12 and config.model.head_dim == 8   # resolved
     assert config.optimizer.warmup_steps == 1
@@ -179,16 +198,53 @@ def test_profile_writes_a_trace_even_of_a_short_run(inline, tiny_run, tiny_flags
     assert state_of(run, 12) == state_of(tiny_run[0], 12)
 
 
-def test_the_best_checkpoint_is_one_that_was_validated(tiny_run, tiny_flags, tmp_path):
+def test_the_best_checkpoint_is_one_that_was_validated(tiny_flags, tmp_path):
     """A checkpoint between validations must not be judged by an older one."""
-    config = short_config(tiny_flags, checkpoint__every=3, checkpoint__keep_last=4)
+    # Lowest is best: of the accuracy, that of the first validations, so that the best is not simply the last.
+    config = short_config(tiny_flags, checkpoint__every=3, checkpoint__keep_last=1, checkpoint__keep_best=2,
+                          checkpoint__best_metric="validation/accuracy", steps=18)
+    train_lib.train(config, tmp_path / "run")
+    validated = {r.pop("step"): r for r in rows(tmp_path / "run", "validation/")}
+    assert sorted(validated) == [6, 12, 18]
+    best = sorted(validated, key=lambda step: validated[step]["validation/accuracy"])[:2]
+    assert 18 not in best and checkpoint.steps(tmp_path / "run") == [*sorted(best), 18]
+    for step in best:
+        meta = json.loads((tmp_path / "run" / "checkpoints" / str(step) / "meta.json").read_text())
+        assert meta["metrics"] == validated[step]
+
+
+def test_no_validation_needs_no_held_out_text(tiny_run, tiny_flags, data, tmp_path):
+    whole = tmp_path / "data"
+    prepared.prepare(documents.open_sources(str(data.parent / "passages.jsonl")), "bytes", whole, validation_frac=0.0,
+                     workers=1)
+    config = short_config(tiny_flags, data__train=str(whole), eval__every=0, steps=3)
+    assert train_lib.train(config, tmp_path / "run") == {}
+    assert [r["step"] for r in rows(tmp_path / "run")] == [1, 2, 3] and not rows(tmp_path / "run", "validation/")
+    assert checkpoint.steps(tmp_path / "run") == [3]
+
+
+def test_the_average_can_be_switched_on_and_off_on_the_way(inline, tiny_run, tiny_flags, tmp_path):
     run = shutil.copytree(tiny_run[0], tmp_path / "run")
-    for step in (4, 8, 12):
-        shutil.rmtree(run / "checkpoints" / str(step))
-    train_lib.train(config, run)
-    kept = {s: json.loads((run / "checkpoints" / str(s) / "meta.json").read_text())["metrics"] for s in (3, 6, 9, 12)}
-    assert [bool(m) for m in kept.values()] == [False, True, False, True]
-    assert kept[6] == {k: v for k, v in rows(run, "validation/")[0].items() if k != "step"}
+    code, out, err = inline("train", *tiny_flags, f"--workdir={run}", "--config.steps=13",
+                            "--config.optimizer.ema_decay=0")
+    assert code == 0 and "average of the parameters is not read" in out, err
+    assert not any(n.startswith("ema.") for n in state_of(run, 13))
+    code, out, err = inline("train", *tiny_flags, f"--workdir={run}", "--config.steps=14",
+                            "--config.optimizer.ema_decay=0.25")
+    assert code == 0 and "it has no average of the parameters: that starts from them" in out, err
+    before, after = (tree.flatten(checkpoint.restore_params(run, step)) for step in (13, 14))
+    for name, average in tree.flatten(checkpoint.restore_params(run, 14, ema=True)).items():
+        # Decay 0.25 of what it started from: float32 roundings.
+        np.testing.assert_allclose(average, 0.25 * before[name] + 0.75 * after[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_second_run_in_a_folder_is_refused(inline, tiny_run, tiny_flags, tmp_path):
+    run = shutil.copytree(tiny_run[0], tmp_path / "run")
+    before = contents(run)
+    with checkpoint.lock(run):   # as another process would: locks are of open files
+        code, _, err = inline("train", *tiny_flags, f"--workdir={run}", "--config.steps=14")
+    assert code == 2 and f"another process trains in {run}" in err and err.count("\n") == 1
+    assert contents(run) == before
 
 
 # --- Run health -----------------------------------------------------------------------------------------------------
@@ -216,6 +272,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_is_needed(tiny_f
     assert np.isnan(batch["weights"]).all() and batch["tokens"].shape == (8, 64)
     with pytest.raises(UserError, match="continue from|other settings"):   # and the folder remembers its objective
         train_lib.train(short_config(tiny_flags), run)
+
+
+def test_a_batch_without_a_scored_token_has_no_loss(inline, tiny_flags, tmp_path, monkeypatch):
+    (tmp_path / "unscored.py").write_text(POISONED.replace("np.nan", "0"))
+    monkeypatch.syspath_prepend(tmp_path)
+    code, out, err = inline("train", *tiny_flags, f"--workdir={tmp_path / 'run'}", "--config.steps=7",
+                            "--config.objective=unscored.Poisoned", "--config.optimizer.warmup_steps=0")
+    assert code == 0 and not err and "nan" not in out, (out, err)
+    assert [r["train/loss"] is None for r in rows(tmp_path / "run", "train/")] == [False] * 5 + [True, False]
+    assert "step 6/7 | " in out and "step 6/7 | loss" not in out and "step 7/7 | loss" in out
 
 
 # --- Validation -----------------------------------------------------------------------------------------------------
@@ -266,7 +332,8 @@ def test_validation_does_not_depend_on_the_batch_size_and_equals_direct_computat
             nll = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
             nats += (nll - logits[np.arange(len(ids) - 1), ids[1:]]).sum()
             tokens, nbytes = tokens + len(ids) - 1, nbytes + (ids[1:] < 256).sum()
-    assert nbytes > 0.9 * source.bytes   # nearly every byte was a target, so the test has seen the split
+    # Nearly every byte was a target, so the test has seen the split.
+    assert nbytes > 0.9 * sum(len(text.encode()) for text in prepared.texts(data, "validation"))
     assert got["validation/loss"] == pytest.approx(nats / tokens, rel=1e-5)
     assert got["validation/bits_per_byte"] == pytest.approx(nats / nbytes / math.log(2), rel=1e-5)
     assert got["validation/perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
@@ -288,7 +355,7 @@ def test_validation_does_not_depend_on_the_batch_size_and_equals_direct_computat
     (["--config.data.train={data}x"], "prepared"),   # the nearest name
     (["--config.seq_len=512"], "config.seq_len=512 exceeds config.model.max_seq_len=256"),
     (["--config.objective=fm_jax.objectives.causal_lm.CausalML"], "did you mean 'CausalLM'?"),
-    (["--config.objective=fm_jax.objectives.casual_lm.CausalLM"], "no module 'fm_jax.objectives.casual_lm'"),
+    (["--config.objective=fm_jax.objectives.casual_lm.CausalLM"], "unknown 'casual_lm'; did you mean 'causal_lm'?"),
     (["--config.objective_args.zloss=1.0"], "did you mean 'z_loss'?"),
     (["--config.optimizer.learnign_rate=1"], "did you mean 'optimizer.learning_rate'?"),
     (["--config.optimizer.name=adam"], "config.optimizer.name: unknown 'adam'; did you mean 'adamw'?"),
@@ -321,14 +388,55 @@ def test_a_workdir_that_cannot_be_written_is_one_line(inline, tiny_flags, tmp_pa
 
 def test_a_workdir_of_another_model_is_refused_and_kept(inline, tiny_run, tiny_flags, tmp_path):
     run = shutil.copytree(tiny_run[0], tmp_path / "run")
-    files = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    before = contents(run)
     code, _, err = inline("train", *tiny_flags, f"--workdir={run}", "--config.model.mlp_dim=128", "--config.seed=3")
     assert code == 2 and "model.mlp_dim: 64 -> 128; seed: 0 -> 3" in err and "another --workdir" in err
-    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == files
+    assert contents(run) == before
     # Another run's parameters do not fit: which of them, and ten at most.
     code, _, err = inline("train", *tiny_flags, f"--workdir={tmp_path / 'new'}", f"--config.checkpoint.init_from={run}",
                           "--config.model.mlp_dim=128")
     assert code == 2 and "mlp" in err and "wanted float32[" in err and "found float32[" in err, err
+
+
+def test_a_start_that_is_refused_changes_nothing(inline, tiny_run, tiny_flags, data, tmp_path):
+    """Whatever refuses it, be it found in the last file that is read."""
+    def refused(message, *flags):
+        before = contents(tmp_path)
+        code, _, err = inline("train", *tiny_flags, f"--workdir={run}", "--config.log.progress=false", *flags)
+        assert code == 2 and message in err and err.count("\n") == 1, err
+        assert contents(tmp_path) == before
+
+    run = shutil.copytree(tiny_run[0], tmp_path / "run")
+    refused("optimizer.moment_dtype: 'float32' -> 'bfloat16'", "--config.optimizer.moment_dtype=bfloat16")
+    refused("checkpoint.best_metric: unknown 'validation/los'; did you mean 'validation/loss'?",
+            "--config.checkpoint.keep_best=1", "--config.checkpoint.best_metric=validation/los",
+            "--config.checkpoint.every=6")
+    for flags in (["--config.checkpoint.every=4"], ["--config.eval.every=0"]):
+        refused("keep_best=1 needs checkpoints of validated steps: make one of config.checkpoint.every=4 and "
+                "config.eval.every=", "--config.checkpoint.keep_best=1", *flags)
+    with open(run / "metrics.jsonl", "ab") as f:
+        f.write(b"{\n{}\n")
+    refused("metrics.jsonl:15: not a line of metrics: '{'")
+    broken = next(p for p in sorted((run / "checkpoints" / "12" / "params" / "d").iterdir()))
+    broken.write_bytes(broken.read_bytes()[:100])
+    refused("checkpoints/12 is corrupt")
+    refused("metrics.jsonl:15", "--config.checkpoint.on_corrupt=previous")   # nor is 12 set aside
+    (run / "run.json").write_text("{")
+    refused("run.json: damaged")
+
+
+def test_another_runs_tokenizer_must_be_the_same(inline, tiny_run, tiny_flags, tmp_path):
+    source = shutil.copytree(tiny_run[0], tmp_path / "source")
+    run_json = json.loads((source / "run.json").read_text())
+    (source / "run.json").write_text(json.dumps(run_json | {"tokenizer": "another"}))
+    flags = [*tiny_flags, f"--workdir={tmp_path / 'run'}"]
+    code, _, err = inline("train", *flags, f"--config.checkpoint.continue_from={source}", "--config.steps=13")
+    assert code == 2 and "tokenizer: 'another' -> " in err and err.count("\n") == 1, err
+    flags += [f"--config.checkpoint.init_from={source}", "--config.steps=1"]
+    code, _, err = inline("train", *flags)
+    assert code == 2 and "had another tokenizer ('another' -> " in err and "so the rows of embed.tokens stand" in err
+    code, out, err = inline("train", *flags, r"--config.checkpoint.init_pattern=transformer\..*")
+    assert code == 0 and "parameters from step 12" in out and "its tokenizer was another" in out, err
 
 
 def test_a_config_of_an_older_run(inline, tiny_run, tmp_path):
@@ -356,7 +464,7 @@ def test_a_corrupt_checkpoint_stops_unless_the_previous_is_asked_for(inline, tin
     assert (run / "checkpoints" / "12.corrupt").is_dir()   # kept, to look into
 
 
-def test_a_full_disk_keeps_the_checkpoints_before(inline, tiny_run, tiny_flags, tmp_path, monkeypatch):
+def test_too_little_space_keeps_the_checkpoints_before(inline, tiny_run, tiny_flags, tmp_path, monkeypatch):
     run = shutil.copytree(tiny_run[0], tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "12")
     usage = shutil.disk_usage(run)
@@ -364,3 +472,19 @@ def test_a_full_disk_keeps_the_checkpoints_before(inline, tiny_run, tiny_flags, 
     code, _, err = inline("train", *tiny_flags, f"--workdir={run}")
     assert code == 2 and "saving step 12 needs" in err and "earlier checkpoints are intact: 4, 8" in err
     assert checkpoint.verify(run, 8) == "" and checkpoint.steps(run) == [4, 8]
+
+
+@pytest.mark.parametrize("room, message", [(1, "run/metrics.jsonl: step 6 cannot be written"),
+                                           (40_000, "saving step 8 to run/checkpoints failed")])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(room, message, tiny_run, tiny_flags, tmp_path,
+                                                                       command):
+    flags = [*tiny_flags, "--workdir=run", "--config.checkpoint.asynchronous=false"]   # step 4 is saved by then
+    result = subprocess.run([sys.executable, "-c", FULL, "6", str(room), *flags], capture_output=True, text=True,
+                            timeout=60, cwd=tmp_path, env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "0"})   # it is shared
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert message in result.stderr and "File too large" in result.stderr
+    assert checkpoint.steps(tmp_path / "run") == [4] and checkpoint.verify(tmp_path / "run", 4) == ""
+    result = command("train", *flags, cwd=tmp_path)
+    assert result.returncode == 0 and "from step 4" in result.stdout, result.stderr
+    assert state_of(tmp_path / "run", 12) == state_of(tiny_run[0], 12)
+    assert rows(tmp_path / "run") == rows(tiny_run[0])

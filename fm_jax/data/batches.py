@@ -14,8 +14,10 @@ import numpy as np
 
 from fm_jax import tokenizer as tokenizers
 from fm_jax.data.mixture import InOrder, Mixture, hash_ints
-from fm_jax.data.prepared import Rows, read_manifest
+from fm_jax.data.prepared import Rows, read_manifest, trained_and_held_out
 from fm_jax.errors import UserError, choose
+
+_HELD_OUT_SEED = 2 ** 32    # no run's, so that every run is scored on the same examples
 
 
 class Batches:
@@ -25,13 +27,13 @@ class Batches:
       num_batches: int, or None where they are endless.
     """
 
-    def __init__(self, examples, objective, *, batch_size: int, num_batches: int | None, seed: int,
+    def __init__(self, examples, objective, *, batch_size: int, num_batches: int | None, seed: int, train: bool = True,
                  process_index: int = 0, process_count: int = 1, prefetch_batches: int = 2):
-        """`examples`: a Mixture or InOrder, or what else maps example numbers [n] to records."""
+        """`examples`: a Mixture or InOrder, or what else maps example numbers [n] to records; `train`: Objective's."""
         if batch_size % process_count:
             raise UserError(f"--config.batch_size={batch_size} must be a multiple of the {process_count} hosts")
         self._examples, self._objective, self.num_batches = examples, objective, num_batches
-        self._batch_size, self._seed, self._prefetch = batch_size, seed, prefetch_batches
+        self._batch_size, self._seed, self._train, self._prefetch = batch_size, seed, train, prefetch_batches
         share = batch_size // process_count
         self._slice = np.arange(process_index * share, (process_index + 1) * share)
 
@@ -42,7 +44,7 @@ class Batches:
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Returns this host's part of batch `step`: {name: array [batch_size / process_count, ...]}."""
         ids = self.ids(step)
-        return self._objective.examples(self._examples[ids], hash_ints(self._seed, ids))
+        return self._objective.examples(self._examples[ids], hash_ints(self._seed, ids), self._train)
 
     def iterate(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """Returns an iterator over the batches from `start_step` on, made ahead by threads."""
@@ -55,35 +57,29 @@ class Batches:
         return iter(grain.MapDataset.range(start_step, stop).map(self.batch).to_iter_dataset(options))
 
 
-def batches(config, objective, *, split: str = "train", start_step: int = 0, process_index: int = 0,
-            process_count: int = 1) -> Iterator[dict[str, np.ndarray]]:
-    """Returns an iterator over this host's part of the run's batches; see `open_batches`."""
-    return open_batches(config, objective, split=split, process_index=process_index,
-                        process_count=process_count).iterate(start_step)
-
-
 def open_batches(config, objective, *, split: str = "train", process_index: int = 0,
                  process_count: int = 1) -> Batches:
     """Returns the run's `Batches`: endless and shuffled, or the held-out data once in order.
 
-    Held-out batches end with padding, and stop after `config.eval.batches` where that is not 0.
+    Held-out batches end with padding. Where `config.eval.batches` is not 0 they are so many, of rows evenly spaced
+    over the whole.
 
     Raises:
-      UserError: missing or damaged data, another tokenizer than the run's, fewer rows than one batch.
+      UserError: missing or damaged data, another tokenizer than the run's, fewer rows than one batch, held-out
+        documents that are trained on.
     """
     choose(split, ("train", "validation"), "split")
-    mixture = parse_mixture(config.data.train, "data.train")
-    if split == "validation" and config.data.validation:
-        mixture = parse_mixture(config.data.validation, "data.validation")
+    train, held_out = mixtures(config)
+    mixture = train if split == "train" else held_out
+    _check_held_out(train, held_out)
     rows = [Rows(folder, split, config.seq_len) for folder, _ in mixture]
     _check_tokenizers(config, rows)
     shared = dict(batch_size=config.batch_size, process_index=process_index, process_count=process_count,
                   prefetch_batches=config.data.prefetch_batches)
     if split == "validation":
-        examples = InOrder(rows)
+        examples = InOrder(rows, config.eval.batches * config.batch_size or None)
         count = -(-len(examples) // config.batch_size)
-        count = min(count, config.eval.batches) if config.eval.batches else count
-        return Batches(examples, objective, num_batches=count, seed=config.seed + 1, **shared)
+        return Batches(examples, objective, num_batches=count, seed=_HELD_OUT_SEED, train=False, **shared)
     examples = Mixture(rows, [weight for _, weight in mixture], config.seed)
     if examples.examples_per_epoch < config.batch_size:
         raise UserError(f"--config.data.train={config.data.train} has {examples.examples_per_epoch} rows of "
@@ -109,11 +105,8 @@ def load_tokenizer(config) -> tokenizers.Tokenizer:
 
 def fingerprints(config) -> dict[str, str]:
     """Returns {folder: fingerprint} of all prepared data that the run reads, in a mixture with its share."""
-    mixtures = [parse_mixture(config.data.train, "data.train")]
-    if config.data.validation:
-        mixtures.append(parse_mixture(config.data.validation, "data.validation"))
     found = {}
-    for mixture in mixtures:
+    for mixture in mixtures(config):
         total = sum(weight for _, weight in mixture)
         for folder, weight in mixture:
             share = "" if len(mixture) == 1 else f" x {weight / total:.4f}"
@@ -134,6 +127,21 @@ def parse_mixture(text: str, key: str) -> list[tuple[str, float]]:
     if not mixture:
         raise UserError(f"--config.{key} is empty: name a folder made by python -m fm_jax.prepare")
     return mixture
+
+
+def mixtures(config):
+    """Returns what the run trains on and what it holds out, each as `parse_mixture`."""
+    train = parse_mixture(config.data.train, "data.train")
+    return train, parse_mixture(config.data.validation, "data.validation") if config.data.validation else train
+
+
+def _check_held_out(train, held_out):
+    """Raises UserError where a document of `held_out` is in the train split of a folder of `train`."""
+    for ours, _ in train:
+        for theirs, _ in held_out:
+            if shared := trained_and_held_out(ours, theirs):
+                raise UserError(f"{shared} documents that {theirs} holds out are trained on in {ours}: prepare them with "
+                                f"the same --validation_frac")
 
 
 def _check_tokenizers(config, rows):

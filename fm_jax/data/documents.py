@@ -51,7 +51,8 @@ def open_sources(spec: str, *, text_key: str = "text", separator: str = "",
       cache: folder of downloaded catalogue data.
 
     Raises:
-      UserError: a glob without a match, an unknown kind of file, a failed download.
+      UserError: a glob without a match, an unknown kind of file, a separator without plain text to cut, a failed
+        download (catalogue.DownloadError).
     """
     sources = {}
     for item in filter(None, (part.strip() for part in spec.split(","))):
@@ -70,6 +71,9 @@ def open_sources(spec: str, *, text_key: str = "text", separator: str = "",
     if not sources:
         raise UserError(f"--source={spec!r} names nothing: give globs of files, or catalogue:NAME of "
                         f"{', '.join(catalogue.NAMES)}")
+    if separator and not any(s.texts.func is _plain for s in sources.values()):
+        raise UserError(f"--document_separator={separator!r} cuts plain text (.txt, .md), and --source={spec!r} has "
+                        f"none: leave it out")
     return list(sources.values())
 
 
@@ -108,6 +112,11 @@ def _jsonl(path, text_key, separator):
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number}: broken JSON, {error.msg} at column {error.colno}; "
                             f"a JSONL file has one object a line") from error
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: a whole number of more digits than Python reads; shorten it, or "
+                            f"write it as text") from error
+        except RecursionError as error:
+            raise UserError(f"{path}, line {number}: nested too deep to be read; flatten it") from error
         if not isinstance(record, dict):
             raise UserError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}")
         if text_key not in record:

@@ -63,25 +63,29 @@ class Mixture:
 class InOrder:
     """The records of `sources` once, one source after the other; beyond the end, records of zeros.
 
+    With `limit`, only so many of them, evenly spaced over the whole, so that each source has its share.
+
     A record of zeros is padding. Packed tokens say so by segment 0; a source whose records could be
     all zeros gives them a field that is 1.
     """
 
-    def __init__(self, sources):
+    def __init__(self, sources, limit: int | None = None):
         self._sources = list(sources)
         self._ends = np.cumsum([len(s) for s in sources])
+        self._total = int(self._ends[-1])
+        self._len = self._total if limit is None else min(limit, self._total)
 
     def __len__(self):
-        return int(self._ends[-1])
+        return self._len
 
     def __getitem__(self, index) -> dict[str, np.ndarray]:
         """Returns the records of the examples `index` [n]."""
         index = np.asarray(index, np.int64)
-        real = np.minimum(index, len(self) - 1)
-        source = np.searchsorted(self._ends, real, "right")
-        records = _gather(self._sources, source, real - np.concatenate([[0], self._ends])[source])
-        for values in records.values() if (index > real).any() else ():
-            values[index > real] = 0
+        place = np.minimum(index, len(self) - 1) * self._total // len(self)
+        source = np.searchsorted(self._ends, place, "right")
+        records = _gather(self._sources, source, place - np.concatenate([[0], self._ends])[source])
+        for values in records.values() if (index >= len(self)).any() else ():
+            values[index >= len(self)] = 0
         return records
 
 

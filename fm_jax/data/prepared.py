@@ -5,7 +5,7 @@
     train/ validation/
       00000.tokens ...       token ids, little-endian uint16 (uint32 where the vocabulary is larger)
       starts.int64           position of each document's first token in the split, and the split's length
-      bytes.int64            UTF-8 bytes of each document's text
+      digests.uint64         hash of each document's text, ascending
     validation/text.jsonl.gz the held-out documents as text, for compressors and other baselines
 
 Each document is BOS, its tokens, EOS. With both ends inside the document's own segment every token of
@@ -16,7 +16,7 @@ tokenizer with only one of the two tokens uses it at both ends.
 Documents lie in the order of a hash of their text: pseudo-random, so that neighbours are
 unrelated; the same whatever the order of the sources; and the held-out ones are the first
 `validation_frac` of the range of the hash, so that equal texts can never be on both sides, and a
-text held out of one prepared folder is held out of all of that fraction.
+text held out of one prepared folder is held out of all of that fraction or a larger one.
 
 Try:  python -m fm_jax.prepare --source catalogue:tiny_shakespeare --tokenizer bytes --output data/tiny
 """
@@ -33,6 +33,8 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import platform
+import re
 import shutil
 import signal
 import struct
@@ -45,7 +47,7 @@ from fm_jax import tokenizer as tokenizers
 from fm_jax.data.documents import Source
 from fm_jax.errors import UserError, choose
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "validation")
 _BUCKETS = 128          # spool files: a corpus of 100 GB sorts in 0.8 GB of memory; open files stay below 256
 _CHUNK_BYTES = 1 << 20  # text handed to a worker at once
@@ -70,11 +72,11 @@ def prepare(sources: list[Source], tokenizer: str, output, *, text_key: str = "t
       progress: called with a stage ("reading", "tokenizing") and the documents done since the last call.
 
     Raises:
-      UserError: see the manual of the command; the output holds other data; no space.
+      UserError: see the manual of the command; the output holds other data, or damaged; no space.
     """
     output = Path(output)
-    if not 0 <= validation_frac < 1:
-        raise UserError(f"--validation_frac={validation_frac} must be at least 0 and below 1")
+    if not 0 <= validation_frac <= 1:
+        raise UserError(f"--validation_frac={validation_frac} must be from 0 (nothing is held out) to 1 (everything)")
     if shard_tokens < 1 or workers < 1:
         raise UserError(f"--shard_tokens={shard_tokens} and --workers={workers} must be positive")
     vocab_size, trained = _trained_vocab(tokenizer)
@@ -87,9 +89,10 @@ def prepare(sources: list[Source], tokenizer: str, output, *, text_key: str = "t
     }
     fingerprint = hashlib.sha256(json.dumps(request).encode()).hexdigest()
     if output.exists():
-        return _reuse(output, request), True
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+        return _reuse(output, request, licence), True
+    partial = output.parent / f".{output.name}.partial-{platform.node()}-{os.getpid()}"
     try:
+        _remove_leftovers(partial)
         partial.mkdir(parents=True)
         spool = _Spool(partial / "spool", sources, validation_frac, progress)
         if vocab_size:
@@ -159,8 +162,8 @@ def verify(folder) -> None:
     """Returns nothing. Reads every file and raises UserError for the first whose sha256 is not the manifest's."""
     for name, entry in read_manifest(folder)["files"].items():
         if _sha256(Path(folder, name)) != entry["sha256"]:
-            raise UserError(f"{Path(folder, name)}: content differs from the manifest's sha256: copy or prepare the "
-                            f"folder again")
+            raise UserError(f"{Path(folder, name)}: damaged, its sha256 is not the manifest's: remove the folder and "
+                            f"copy or prepare it again")
 
 
 def texts(folder, split: str) -> Iterator[str]:
@@ -181,6 +184,15 @@ def texts(folder, split: str) -> Iterator[str]:
         first += shard["documents"]
 
 
+def trained_and_held_out(train_folder, held_out_folder) -> int:
+    """Returns how many held-out documents of the second folder are in the train split of the first."""
+    fractions = [read_manifest(folder)["request"]["validation_frac"] for folder in (train_folder, held_out_folder)]
+    if fractions[1] <= fractions[0]:    # held out there is held out here
+        return 0
+    digests = lambda folder, split: np.fromfile(Path(folder, split, "digests.uint64"), "<u8")
+    return int(np.isin(digests(held_out_folder, "validation"), digests(train_folder, "train")).sum())
+
+
 class Rows:
     """Packed rows of a split: row r is tokens [r T, r T + T] of the split's stream, T = seq_len.
 
@@ -188,8 +200,8 @@ class Rows:
     target. The last row is padded, in every split.
 
     Attributes:
-      seq_len, tokens, documents: int; bytes: UTF-8 bytes of the split's text.
-      fingerprint, tokenizer_fingerprint: from the manifest.
+      seq_len, tokens: int.
+      tokenizer_fingerprint: from the manifest.
     """
 
     def __init__(self, folder, split: str, seq_len: int):
@@ -197,11 +209,11 @@ class Rows:
         manifest = read_manifest(folder)
         entry, self.folder = manifest["splits"][split], Path(folder)
         if not entry["documents"]:
-            raise UserError(f"{folder}: its {split} split is empty; prepare it with a larger --validation_frac, or "
-                            f"name other data in --config.data.validation")
-        self.seq_len, self.fingerprint = seq_len, manifest["fingerprint"]
+            remedy = "smaller --validation_frac" if split == "train" else (
+                "larger --validation_frac, name other data in --config.data.validation, or set --config.eval.every=0")
+            raise UserError(f"{folder}: its {split} split is empty; prepare it with a {remedy}")
+        self.seq_len, self.tokens = seq_len, entry["tokens"]
         self.tokenizer_fingerprint = manifest["tokenizer"]["fingerprint"]
-        self.tokens, self.documents, self.bytes = entry["tokens"], entry["documents"], entry["bytes"]
         self._shards = [np.memmap(self.folder / s["file"], manifest["token_dtype"], "r") for s in entry["shards"]]
         self._bounds = np.cumsum([0] + [s["tokens"] for s in entry["shards"]])
         self._starts = np.memmap(self.folder / split / "starts.int64", "<i8", "r")
@@ -272,7 +284,7 @@ class _Spool:
                     if not text.strip():
                         self.empty += 1
                         continue
-                    digest = hashlib.blake2b(data, digest_size=16).digest()
+                    digest = _digest(data)
                     file = files[digest[0] * _BUCKETS // 256]
                     file.write(_RECORD.pack(digest, len(data)))
                     file.write(data)
@@ -287,10 +299,10 @@ class _Spool:
             for _, _ in self.documents(split):
                 self.counts[split] += 1
         self.duplicate = self.read - self.empty - sum(self.counts.values())
-        if not self.counts["train"] or (validation_frac and not self.counts["validation"]):
-            empty = "train" if not self.counts["train"] else "validation"
+        empty = "train" if not self.counts["train"] else "validation"
+        if not self.counts[empty] and validation_frac != {"train": 1, "validation": 0}[empty]:
             raise UserError(f"{names}: none of {sum(self.counts.values())} documents falls into the {empty} split with "
-                            f"--validation_frac={validation_frac}: change it (0: hold out nothing), or cut the text "
+                            f"--validation_frac={validation_frac}: change it (0: hold out nothing, 1: everything), or cut the text "
                             f"into more documents (--document_separator)")
 
     def documents(self, split):
@@ -325,15 +337,14 @@ def _write_split(folder, split, spool, tokenizer, shard_tokens, workers, progres
     with contextlib.ExitStack() as stack:
         stack.callback(shards.close)
         create = lambda name: stack.enter_context(open(folder / split / name, "wb"))
-        starts, sizes = create("starts.int64"), create("bytes.int64")
+        starts, digests = create("starts.int64"), create("digests.uint64")
         # No name and no time in the gzip header: the same documents give the same file.
         raw = split == "validation" and stack.enter_context(
             gzip.GzipFile("", "wb", 6, create("text.jsonl.gz"), mtime=0))
         for texts, tokens, lengths in _tokenized(spool.documents(split), folder / "tokenizer", tokenizer, workers):
-            nbytes = np.array([len(t) for t in texts], np.int64)
             starts.write((position + np.cumsum(lengths) - lengths).astype("<i8").tobytes())
-            sizes.write(nbytes.astype("<i8").tobytes())
-            shards.add(tokens, lengths, nbytes)
+            digests.write(np.array([int.from_bytes(_digest(t)[:8], "big") for t in texts], "<u8").tobytes())
+            shards.add(tokens, lengths, np.array([len(t) for t in texts], np.int64))
             position += len(tokens)
             if raw:
                 for text in texts:
@@ -342,6 +353,10 @@ def _write_split(folder, split, spool, tokenizer, shard_tokens, workers, progres
         starts.write(np.array([position], "<i8").tobytes())
     return {"documents": sum(s["documents"] for s in shards.entries), "tokens": position,
             "bytes": sum(s["bytes"] for s in shards.entries), "shards": shards.entries}
+
+
+def _digest(data):
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 class _Shards:
@@ -443,22 +458,43 @@ def _token_dtype(tokenizer):
 
 def _trained_vocab(tokenizer):
     """Returns (vocabulary size, what defines it) of "sentencepiece:SIZE", or (None, None)."""
-    if not tokenizer.startswith("sentencepiece"):
+    if not re.fullmatch("sentencepiece(:.*)?", tokenizer):
         return None, None
     size = tokenizer.removeprefix("sentencepiece").removeprefix(":")
-    if not size.isdigit() or not int(size):
+    if not re.fullmatch("[1-9][0-9]{0,7}", size):
         raise UserError(f"--tokenizer={tokenizer!r}: give the vocabulary size, as in sentencepiece:8192")
     return int(size), f"{tokenizer} by sentencepiece {importlib.metadata.version('sentencepiece')}"
 
 
-def _reuse(output, request):
+def _remove_leftovers(partial):
+    """Removes what killed processes of this machine left of the same output: a name ends in the process's number."""
+    for left in partial.parent.glob(".*.partial-*"):
+        name, _, process = left.name.rpartition("-")
+        if name == partial.name.rpartition("-")[0] and (left == partial or not _runs(int(process))):
+            shutil.rmtree(left)
+
+
+def _runs(process):
+    try:
+        os.kill(process, 0)     # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:     # another user's
+        pass
+    return True
+
+
+def _reuse(output, request, licence):
     if not (output / "manifest.json").is_file():
         raise UserError(f"--output={output} exists and is no prepared data: choose another or remove it")
     manifest = read_manifest(output)
     differs = [k for k in request if request[k] != manifest["request"].get(k)]
+    if licence and licence != manifest["licence"]:
+        differs.append("licence")
     if differs:
         raise UserError(f"--output={output} exists and was prepared differently (in {', '.join(differs)}): choose "
                         f"another or remove it")
+    verify(output)
     return manifest
 
 

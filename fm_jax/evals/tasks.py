@@ -1,8 +1,10 @@
 """The named tasks of `python -m fm_jax.evaluate`, on a loaded language model and its held-out text. Layer 4.
 
-A task is a function (lm, texts, limit, num_fewshot) -> Result. `texts`: the held-out documents.
+A task is a function (lm, texts, *, limit) -> Result, with num_fewshot where it has a meaning. `texts`: the held-out
+documents; `limit`: only so many documents or questions; 0: all.
 """
 
+import itertools
 import math
 import random
 import re
@@ -10,12 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fm_jax import scoring
 from fm_jax.errors import UserError
 
 SHOTS = 3            # worked examples before each question, unless said otherwise
 CHOICES = 4
-LONGEST_CHARS = 250  # of a sentence: four of them and their answers fit the quickstart's context
+LONGEST_CHARS = 250  # of a sentence: a question and its answer fit a short context, such as the quickstart's
 
 
 class Result(NamedTuple):
@@ -25,13 +26,10 @@ class Result(NamedTuple):
     samples: list[dict]
 
 
-def perplexity(lm, texts: list[str], limit: int = 0, num_fewshot: int = 0) -> Result:
-    """Returns bits per byte, and perplexity by byte and by word, of the documents, each from an empty context.
-
-    `num_fewshot` has no meaning here.
-    """
+def perplexity(lm, texts: list[str], *, limit: int = 0) -> Result:
+    """Returns bits per byte, and perplexity by byte and by word, of the documents, each from an empty context."""
     texts = texts[:limit] if limit else texts
-    logprobs = scoring.score_texts(lm.objective, lm.params, lm.tokenizer, texts)
+    logprobs = lm.score_texts(texts)
     nbytes = [len(t.encode()) for t in texts]
     nats_per_byte = -sum(logprobs) / sum(nbytes)
     words = sum(len(re.split(r"\s+", t)) for t in texts)
@@ -40,11 +38,13 @@ def perplexity(lm, texts: list[str], limit: int = 0, num_fewshot: int = 0) -> Re
     return Result(metrics, [{"bytes": n, "logprob": l, "text": t[:80]} for t, n, l in zip(texts, nbytes, logprobs)])
 
 
-def next_sentence(lm, texts: list[str], limit: int = 0, num_fewshot: int = SHOTS) -> Result:
+def next_sentence(lm, texts: list[str], *, limit: int = 0, num_fewshot: int = SHOTS) -> Result:
     """Returns how often the true second sentence of a document beats the second sentences of three others.
 
-    The prompt is `num_fewshot` other documents' first two sentences, a blank line after each, then the first
-    sentence. The questions do not depend on `num_fewshot`, up to SHOTS. Chance is 1 in 4.
+    The context is `num_fewshot` other documents' first two sentences, a blank line after each, then the first
+    sentence; of these shots only the first so many that fit the model's context with the longest choice.
+    `mean_shots` is how many that were, `truncated_contexts` how many questions lost a part even without any. The
+    questions do not depend on `num_fewshot`. Chance is 1 in 4.
 
     Raises:
       UserError: too few documents with two sentences.
@@ -54,19 +54,33 @@ def next_sentence(lm, texts: list[str], limit: int = 0, num_fewshot: int = SHOTS
         found = re.split(r"(?<=[.!?])\s+", " ".join(text.split()))
         if len(found) >= 3 and all(20 <= len(s) <= LONGEST_CHARS for s in found[:2]):
             pairs.append(found[:2])
-    kept = max(SHOTS, num_fewshot)
-    if len(pairs) < kept + CHOICES:
-        raise UserError(f"next_sentence needs {kept + CHOICES} held-out documents of three sentences or more, found "
+    needed = max(SHOTS, num_fewshot) + CHOICES
+    if len(pairs) < needed:
+        raise UserError(f"next_sentence needs {needed} held-out documents of three sentences or more, found "
                         f"{len(pairs)}; prepare the data with a larger --validation_frac")
-    shots = "".join(f"{a} {b}\n\n" for a, b in pairs[:num_fewshot])
-    asked = pairs[kept:][:limit] if limit else pairs[kept:]
-    rng = random.Random(0)
-    samples = []
-    for i, (first, second) in enumerate(asked):
-        others = rng.sample([b for j, (_, b) in enumerate(pairs[kept:]) if j != i], CHOICES - 1)
-        choices = rng.sample([second, *others], CHOICES)
-        samples.append({"context": shots + first, "choices": choices, "gold": choices.index(second)})
-    return multiple_choice(lm, samples)
+    asked = pairs[SHOTS:]   # the others are shots only
+    rng, samples, truncated = random.Random(0), [], 0
+    for i, (first, second) in enumerate(asked[:limit] if limit else asked):
+        others = [j + (j >= i) for j in rng.sample(range(len(asked) - 1), CHOICES - 1)]
+        order = rng.sample([i, *others], CHOICES)
+        choices = [asked[j][1] for j in order]
+        unseen = (pair for j, pair in enumerate(asked) if j not in order)   # shots must not give choices away
+        shots = [f"{a} {b}\n\n" for a, b in itertools.islice(itertools.chain(pairs[:SHOTS], unseen), num_fewshot)]
+        used = 0
+        while used < len(shots) and _fits(lm, "".join(shots[: used + 1]) + first, choices):
+            used += 1
+        truncated += not used and not _fits(lm, first, choices)
+        samples.append({"context": "".join(shots[:used]) + first, "choices": choices, "gold": choices.index(second),
+                        "shots": used})
+    result = multiple_choice(lm, samples)
+    means = {"mean_shots": float(np.mean([s["shots"] for s in samples])), "truncated_contexts": truncated}
+    return result._replace(metrics=result.metrics | means)
+
+
+def _fits(lm, context, choices):
+    """Returns whether scoring cuts nothing off: a last token is only predicted, and needs no place."""
+    whole = lm.tokenizer.encode_batch([f"{context} {c}" for c in choices])
+    return max(map(len, whole)) <= lm.objective.arch.max_seq_len + 1
 
 
 def multiple_choice(lm, samples: list[dict]) -> Result:

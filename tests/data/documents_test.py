@@ -57,6 +57,11 @@ def test_plain_text_is_one_document_or_cut_at_the_separator(tmp_path, name):
     path = write(tmp_path / name, "a\u00e9\n\nb\n\n\n\nc\n".encode())
     assert read(path) == ["a\u00e9\n\nb\n\n\n\nc\n"]
     assert read(path, separator="\n\n") == ["a\u00e9", "b", "", "c\n"]
+    other = write(tmp_path / "y.jsonl", jsonl(TEXTS))
+    assert read(f"{path},{other}", separator="\n\n") == ["a\u00e9", "b", "", "c\n", *TEXTS]
+    for nothing_to_cut in (other, "catalogue:tiny_shakespeare"):
+        with pytest.raises(UserError, match="--document_separator='\\\\n' cuts plain text .* leave it out"):
+            documents.open_sources(str(nothing_to_cut), separator="\n")
 
 
 def test_separators_across_chunk_borders_are_found(tmp_path, monkeypatch):
@@ -85,6 +90,8 @@ def test_globs_lists_and_fingerprints(tmp_path):
     ("x.jsonl.gz", jsonl(["a", "b"]) + b'nonsense\n', "x.jsonl.gz, line 3: broken JSON"),
     ("x.jsonl", jsonl(["a"]) + b"[1]\n", "x.jsonl, line 2: expected a JSON object, found list"),
     ("x.jsonl", b'{"body": "a", "id": 1}\n', r"x.jsonl, line 1: no key 'text' \(keys here: body, id\); set --text_key"),
+    ("x.jsonl", jsonl(["a"]) + b'{"n": ' + b"1" * 5000 + b"}\n", "x.jsonl, line 2: a whole number of more digits"),
+    ("x.jsonl", jsonl(["a"]) + b'{"n": ' + b"[" * 100_000 + b"\n", "x.jsonl, line 2: nested too deep"),
     ("x.jsonl", b'\n{"text": 3}\n', "x.jsonl, line 2: 'text' is int, not text"),
     ("x.jsonl", b'{"text": "a\\ud800"}\n', "x.jsonl, line 1: 'text' has the lone surrogate U.D800 at character 1"),
     ("x.jsonl", jsonl(["a"]) + b'{"text": "\xff"}\n', "x.jsonl, line 2: byte 0xFF at offset 33 is not UTF-8"),

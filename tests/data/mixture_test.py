@@ -108,6 +108,21 @@ def test_in_order_goes_through_all_sources_once_and_pads_with_zeros():
     assert records["image"][:5].all() and not records["image"][5:].any()
 
 
+@pytest.mark.parametrize("limit", [1, 2, 7, 29, 30, 100])
+def test_some_in_order_are_spread_evenly_over_all_sources(limit):
+    sizes = [20, 3, 7]
+    examples = InOrder([Numbers(size, name) for name, size in enumerate(sizes)], limit)
+    n = min(limit, 30)
+    assert len(examples) == n
+    records = examples[np.arange(n + 2)]
+    assert not any(values[n:].any() for values in records.values())
+    place = np.array([0, 20, 23])[records["source"][:n]] + records["row"][:n] - 1
+    gaps = np.diff(place)
+    assert n == 1 or gaps.min() >= 30 // n and gaps.max() <= -(-30 // n)
+    for name, size in enumerate(sizes):     # each source's share, to within one record
+        assert abs((records["source"][:n] == name).sum() - n * size / 30) < 1
+
+
 def test_bad_weights_are_refused():
     for weights, message in (([1, -1], "positive"), ([1, 0], "positive"), ([1, float("nan")], "positive"),
                              ([1, 1e-9], "below 1/10000"), ([1], "a weight for each source")):

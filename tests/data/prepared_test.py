@@ -50,13 +50,14 @@ def naive_rows(docs, seq_len):
 @pytest.mark.parametrize("seq_len", [1, 7, 64, 10_000])
 def test_rows_are_those_of_naive_packing(tmp_path, shard_tokens, seq_len):
     texts = corpus()
-    prepared.prepare(write(tmp_path / "x.jsonl", texts), "bytes", tmp_path / "out", validation_frac=0.3,
-                     shard_tokens=shard_tokens)
+    manifest, _ = prepared.prepare(write(tmp_path / "x.jsonl", texts), "bytes", tmp_path / "out", validation_frac=0.3,
+                                   shard_tokens=shard_tokens)
     for split, docs in naive_streams(texts, 0.3).items():
+        assert manifest["splits"][split]["documents"] == len(docs)
+        assert manifest["splits"][split]["bytes"] == sum(n for _, n in docs)
         rows = prepared.Rows(tmp_path / "out", split, seq_len)
         expected = naive_rows(docs, seq_len)
-        assert len(rows) == len(expected) and rows.documents == len(docs)
-        assert rows.tokens == sum(len(ids) for ids, _ in docs) and rows.bytes == sum(n for _, n in docs)
+        assert len(rows) == len(expected) and rows.tokens == sum(len(ids) for ids, _ in docs)
         order = np.random.default_rng(0).permutation(len(rows))
         records = rows[order]
         np.testing.assert_array_equal(records["tokens"], np.array([expected[r][0] for r in order]))
@@ -68,7 +69,7 @@ def test_scored_targets_are_the_text_exactly(tmp_path):
     """Every text token and every end is a target once, so that loss over bytes is bits per byte without a rest."""
     texts = corpus(200)
     sources = write(tmp_path / "x.jsonl", texts)
-    prepared.prepare(sources, "sentencepiece:300", tmp_path / "out", validation_frac=0.2)
+    manifest, _ = prepared.prepare(sources, "sentencepiece:300", tmp_path / "out", validation_frac=0.2)
     tokenizer = tokenizers.load(tmp_path / "out" / "tokenizer")
     table = tokenizer.token_bytes()
     for split in prepared.SPLITS:
@@ -77,17 +78,19 @@ def test_scored_targets_are_the_text_exactly(tmp_path):
         tokens, segments = records["tokens"], records["segment_ids"]
         scored = (segments[:, 1:] == segments[:, :-1]) & (segments[:, :-1] > 0)
         targets = tokens[:, 1:][scored]
-        assert table[targets].sum() == rows.bytes
-        assert (targets == tokenizer.eos_id).sum() == rows.documents and not (targets == tokenizer.bos_id).any()
-        assert len(targets) == rows.tokens - rows.documents
+        entry = manifest["splits"][split]
+        assert table[targets].sum() == entry["bytes"]
+        assert (targets == tokenizer.eos_id).sum() == entry["documents"] and not (targets == tokenizer.bos_id).any()
+        assert len(targets) == entry["tokens"] - entry["documents"]
 
 
 def test_held_out_text_is_the_validation_split(tmp_path):
     texts = corpus()
-    prepared.prepare(write(tmp_path / "x.jsonl", texts), "bytes", tmp_path / "out", validation_frac=0.3)
+    manifest, _ = prepared.prepare(write(tmp_path / "x.jsonl", texts), "bytes", tmp_path / "out", validation_frac=0.3)
     held_out = list(prepared.texts(tmp_path / "out", "validation"))
     rows = prepared.Rows(tmp_path / "out", "validation", 16)
-    assert sum(len(t.encode()) for t in held_out) == rows.bytes and len(held_out) == rows.documents
+    entry = manifest["splits"]["validation"]
+    assert sum(len(t.encode()) for t in held_out) == entry["bytes"] and len(held_out) == entry["documents"]
     tokens = rows[np.arange(len(rows))]["tokens"]
     stream = np.concatenate([tokens[:, :-1].ravel(), tokens[-1:, -1]])
     assert tokenizers.ByteTokenizer().decode(stream[:rows.tokens]) == "".join(held_out)
@@ -169,10 +172,13 @@ def test_large_vocabularies_are_stored_in_four_bytes(tmp_path):
 
 def test_same_sources_are_used_again_and_others_never_overwrite(tmp_path):
     sources = write(tmp_path / "x.jsonl", corpus())
-    first, reused = prepared.prepare(sources, "bytes", tmp_path / "out", validation_frac=0.3)
+    first, reused = prepared.prepare(sources, "bytes", tmp_path / "out", validation_frac=0.3, licence="CC0")
     before = tree(tmp_path)
-    again, reused_again = prepared.prepare(sources, "bytes", tmp_path / "out", validation_frac=0.3)
-    assert (reused, reused_again) == (False, True) and again == first
+    for licence in ("", "CC0"):
+        again, reused_again = prepared.prepare(sources, "bytes", tmp_path / "out", validation_frac=0.3, licence=licence)
+        assert (reused, reused_again) == (False, True) and again == first
+    with pytest.raises(UserError, match=r"prepared differently \(in licence\)"):
+        prepared.prepare(sources, "bytes", tmp_path / "out", validation_frac=0.3, licence="MIT")
     with pytest.raises(UserError, match=r"prepared differently \(in validation_frac\)"):
         prepared.prepare(sources, "bytes", tmp_path / "out", validation_frac=0.4)
     with pytest.raises(UserError, match=r"prepared differently \(in tokenizer\)"):
@@ -195,10 +201,13 @@ def test_nothing_is_left_where_a_source_is_bad(tmp_path):
         prepared.prepare(write(tmp_path / "empty.jsonl", ["", " "]), "bytes", tmp_path / "out")
     with pytest.raises(UserError, match="falls into the validation split with --validation_frac=0.02"):
         prepared.prepare(write(tmp_path / "one.jsonl", ["a single one"]), "bytes", tmp_path / "out")
-    with pytest.raises(UserError, match="validation_frac=1 must be"):
-        prepared.prepare(good, "bytes", tmp_path / "out", validation_frac=1)
-    with pytest.raises(UserError, match="give the vocabulary size"):
-        prepared.prepare(good, "sentencepiece", tmp_path / "out")
+    with pytest.raises(UserError, match="validation_frac=1.5 must be"):
+        prepared.prepare(good, "bytes", tmp_path / "out", validation_frac=1.5)
+    for size in ("", ":", ":0", ":\u00b2", ":many", ":99999999999"):
+        with pytest.raises(UserError, match="give the vocabulary size"):
+            prepared.prepare(good, f"sentencepiece{size}", tmp_path / "out")
+    with pytest.raises(UserError, match="sentencepiece.model: no such tokenizer"):
+        prepared.prepare(good, "sentencepiece.model", tmp_path / "out")
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".jsonl"] * 4
 
 
@@ -206,8 +215,8 @@ def test_nothing_is_left_where_a_source_is_bad(tmp_path):
                                   "tokenizer/bytes.json"])
 def test_missing_cut_and_altered_files_are_named(tmp_path, file):
     out = tmp_path / "out"
-    prepared.prepare(write(tmp_path / "x.jsonl", corpus()), "bytes", out, validation_frac=0.3)
-    prepared.verify(out)
+    sources = write(tmp_path / "x.jsonl", corpus())
+    prepared.prepare(sources, "bytes", out, validation_frac=0.3)
     whole = (out / file).read_bytes()
     (out / file).write_bytes(whole[:-1])
     with pytest.raises(UserError, match=rf"{file}: {len(whole) - 1} bytes, the manifest says {len(whole)}"):
@@ -216,9 +225,9 @@ def test_missing_cut_and_altered_files_are_named(tmp_path, file):
     with pytest.raises(UserError, match=f"{file}: missing"):
         prepared.Rows(out, "train", 8)
     (out / file).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    prepared.Rows(out, "train", 8)      # sizes are checked at opening, content by `verify`
-    with pytest.raises(UserError, match=f"{file}: content differs"):
-        prepared.verify(out)
+    prepared.Rows(out, "train", 8)      # sizes are checked at opening, content where a folder is used again
+    with pytest.raises(UserError, match=f"{file}: damaged.* prepare it again"):
+        prepared.prepare(sources, "bytes", out, validation_frac=0.3)
 
 
 def test_what_is_no_prepared_folder_is_refused(tmp_path):
@@ -232,8 +241,8 @@ def test_what_is_no_prepared_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="did you mean 'train'"):
         prepared.Rows(tmp_path / "wiki", "trian", 8)
     manifest = tmp_path / "wiki" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1,', '"format": 0,', 1))
-    with pytest.raises(UserError, match="format 0, this version reads 1"):
+    manifest.write_text(manifest.read_text().replace('"format": 2,', '"format": 0,', 1))
+    with pytest.raises(UserError, match="format 0, this version reads 2"):
         prepared.Rows(tmp_path / "wiki", "train", 8)
     manifest.write_text("{")
     with pytest.raises(UserError, match="manifest.json is damaged"):
@@ -250,8 +259,6 @@ def test_manifest_counts_add_up(tmp_path):
         for name in ("documents", "tokens", "bytes"):
             assert entry[name] == sum(s[name] for s in entry["shards"])
         assert all(s["tokens"] <= 300 for s in entry["shards"])
-        sizes = np.fromfile(tmp_path / "out" / split / "bytes.int64", "<i8")
-        assert sizes.sum() == entry["bytes"] and len(sizes) == entry["documents"]
     assert manifest["licence"] == "CC0" and manifest == prepared.read_manifest(tmp_path / "out")
 
 
@@ -259,10 +266,11 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     """For real: a process whose files may not grow beyond 20 kB writes 400 kB."""
     resource = pytest.importorskip("resource", reason="no file-size limits on this system")
     write(tmp_path / "x.jsonl", ["x" * 1000 + str(n) for n in range(400)])
-    result = subprocess.run(
-        [sys.executable, "-m", "fm_jax.prepare", f"--source={tmp_path}/x.jsonl", "--tokenizer=bytes",
-         f"--output={tmp_path}/out", "--workers=1"], capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
+    # Not preexec_fn: this process has threads, and a fork of it could hang.
+    limited = ("import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+               "runpy.run_module('fm_jax.prepare', run_name='__main__', alter_sys=True)")
+    result = subprocess.run([sys.executable, "-c", limited, f"--source={tmp_path}/x.jsonl", "--tokenizer=bytes",
+                             f"--output={tmp_path}/out", "--workers=1"], capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert "cannot write --output" in result.stderr and "File too large" in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]

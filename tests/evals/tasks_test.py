@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import fm_jax
+from fm_jax import tokenizer as tokenizers
 from fm_jax.data import prepared
 from fm_jax.errors import UserError
 from fm_jax.evals import tasks
@@ -16,8 +17,11 @@ from fm_jax.scoring import Score
 class Oracle:
     """Stands for a loaded model; log-probabilities come from a function of (context, continuation), or its prior."""
 
-    def __init__(self, logprob, prior=lambda continuation: 0.0):
+    tokenizer = tokenizers.load("bytes")
+
+    def __init__(self, logprob, prior=lambda continuation: 0.0, max_seq_len=100_000):
         self.logprob, self.prior, self.asked = logprob, prior, []
+        self.objective = types.SimpleNamespace(arch=types.SimpleNamespace(max_seq_len=max_seq_len))
 
     def score(self, contexts, continuations):
         self.asked += zip(contexts, continuations)
@@ -65,10 +69,36 @@ def test_next_sentence_asks_what_it_says():
     golds = [s["gold"] for s in result.samples]
     assert len(set(golds)) == 4   # no place is favoured
     assert tasks.next_sentence(lm, texts).samples == result.samples   # the questions are fixed
-    assert tasks.next_sentence(lm, texts, 5).metrics["questions"] == 5
-    zero = tasks.next_sentence(lm, texts, num_fewshot=0).samples   # the same questions, the shots left out
-    assert [(s["choices"], s["gold"]) for s in zero] == [(s["choices"], s["gold"]) for s in result.samples]
-    assert [s["context"] for s in zero] == [s["context"].split("\n\n")[-1] for s in result.samples]
+    assert tasks.next_sentence(lm, texts, limit=5).metrics["questions"] == 5
+    assert result.metrics["mean_shots"] == 3 and result.metrics["truncated_contexts"] == 0
+    for n in (0, 1, 8):   # the same questions, of which other shots give nothing away either
+        other = tasks.next_sentence(lm, texts, num_fewshot=n).samples
+        assert [(s["choices"], s["gold"]) for s in other] == [(s["choices"], s["gold"]) for s in result.samples]
+        for s, same in zip(other, result.samples):
+            *shots, question = s["context"].split("\n\n")
+            assert question == same["context"].split("\n\n")[-1] and len(set(shots)) == n == s["shots"]
+            assert shots[:3] == same["context"].split("\n\n")[:-1][:n]
+            assert not any(c in shot for c in s["choices"] for shot in shots)
+
+
+def test_shots_that_do_not_fit_are_left_out_whole():
+    """A byte is a token here; the last one of a choice is only predicted, and needs no place in the context."""
+    texts = documents(20)
+    shots = [f"Document {i} begins with this sentence. Its second sentence has the number {i}.\n\n" for i in range(3)]
+    seen = set()
+    for max_seq_len in (400, 320, 315, 314, 313, 312, 236, 235, 158, 80, 78, 77, 76, 75, 74, 60):
+        result = tasks.next_sentence(Oracle(lambda a, b: 0.0, max_seq_len=max_seq_len), texts)
+        cut = 0
+        for i, s in enumerate(result.samples, start=3):
+            question = f"Document {i} begins with this sentence."
+            room = max_seq_len + 1 - len(question) - 1 - max(map(len, s["choices"]))
+            fit = min(3, max(0, room // len(shots[0])))
+            assert s["context"] == "".join(shots[:fit]) + question and s["shots"] == fit
+            cut += room < 0
+            seen.add((fit, room < 0))
+        assert result.metrics["truncated_contexts"] == cut
+        assert result.metrics["mean_shots"] == np.mean([s["shots"] for s in result.samples])
+    assert seen == {(3, False), (2, False), (1, False), (0, False), (0, True)}
 
 
 def test_an_oracle_is_always_right_and_its_opposite_never():
@@ -84,17 +114,16 @@ def test_too_few_documents_are_refused():
         tasks.next_sentence(Oracle(lambda a, b: 0.0), documents(6))
 
 
-def test_perplexity_by_the_harness_formulas(monkeypatch):
+def test_perplexity_by_the_harness_formulas():
     texts, logprobs = ["one two", " é three\n"], [-10.0, -20.0]
-    monkeypatch.setattr(tasks.scoring, "score_texts", lambda *args: logprobs[: len(args[-1])])
-    lm = types.SimpleNamespace(objective=None, params=None, tokenizer=None)
+    lm = types.SimpleNamespace(score_texts=lambda asked: logprobs[: len(asked)])
     metrics, samples = tasks.perplexity(lm, texts)
     nbytes, words = 7 + 10, 2 + 4   # the harness counts the empty words at both ends of the second text
     assert metrics["bits_per_byte"] == pytest.approx(30 / nbytes / math.log(2))
     assert metrics["byte_perplexity"] == pytest.approx(math.exp(30 / nbytes))
     assert metrics["word_perplexity"] == pytest.approx(math.exp(30 / words))
     assert metrics["documents"] == 2 and [s["logprob"] for s in samples] == logprobs
-    assert tasks.perplexity(lm, texts, 1).metrics["bits_per_byte"] == pytest.approx(10 / 7 / math.log(2))
+    assert tasks.perplexity(lm, texts, limit=1).metrics["bits_per_byte"] == pytest.approx(10 / 7 / math.log(2))
 
 
 def test_perplexity_of_a_trained_model_agrees_with_its_validation(tiny_run, data):
@@ -102,8 +131,17 @@ def test_perplexity_of_a_trained_model_agrees_with_its_validation(tiny_run, data
     there, which can only be a little worse. Knowing nothing would be 9 bits (of 512 tokens)."""
     lm = fm_jax.load(tiny_run[0])
     texts = list(prepared.texts(data, "validation"))
-    metrics, _ = tasks.perplexity(lm, texts, 10)
+    metrics, _ = tasks.perplexity(lm, texts, limit=10)
     logits = lm.logits(np.array([[lm.tokenizer.bos_id, *texts[0].encode()[:255]]])).astype(np.float64)[0]
     direct = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     bits = -direct[np.arange(255), list(texts[0].encode()[:255])].sum() / 255 / math.log(2)
     assert 7.5 < bits < 9 and 7.5 < metrics["bits_per_byte"] < 9 and abs(metrics["bits_per_byte"] - bits) < 0.2
+
+
+def test_tasks_do_not_depend_on_the_mesh(tiny_run, data):
+    """Three devices: their batches are no multiple of a power of two."""
+    one, three = fm_jax.load(tiny_run[0]), fm_jax.load(tiny_run[0], mesh={"data": 3})
+    texts = list(prepared.texts(data, "validation"))
+    for task in tasks.TASKS.values():
+        here, there = (task(lm, texts, limit=5).metrics for lm in (one, three))
+        assert here == pytest.approx(there, rel=1e-5)   # sums over devices in another order

@@ -163,6 +163,9 @@ def test_fill_in_the_middle_keeps_targets_and_documents():
         np.testing.assert_array_equal(turned[name], plain[name])
     np.testing.assert_array_equal(plain["tokens"], records["tokens"][:, :-1])   # rate 0
     assert (turned["tokens"] != plain["tokens"]).any()
+    held_out = make(**{"objective_args.fim_rate": 1.0}).examples(records, seeds(n), train=False)
+    for name, want in plain.items():    # bits per byte are of the text itself
+        np.testing.assert_array_equal(held_out[name], want)
 
 
 def test_fill_in_the_middle_happens_at_its_rates():
@@ -188,6 +191,22 @@ def test_an_example_depends_on_its_own_seed_only():
         alone = fim_rows(0.5, 0.5, {k: a[i:i + 1] for k, a in records.items()}, seeds(1, 7 + i))
         np.testing.assert_array_equal(alone[0], together[i])
     assert (fim_rows(0.5, 0.5, records, seeds(n, 1000)) != together).any()
+
+
+def test_draws_are_those_of_splitmix64():
+    """By Python's integers of any length."""
+    def splitmix64(x):
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2 ** 64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2 ** 64
+        return x ^ x >> 31
+
+    assert splitmix64(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF     # the published generator's first after seed 0
+    first = [0, 1, 2 ** 64 - 1]
+    want = [[(splitmix64((seed + k * 0x9E3779B97F4A7C15) % 2 ** 64) >> 11) / 2 ** 53 for k in (1, 2, 3)]
+            for seed in first]
+    got = objectives.uniform(np.array(first, np.uint64), 3)
+    np.testing.assert_array_equal(got, want)
+    assert got.dtype == np.float64
 
 
 def test_one_documents_fate_does_not_move_anothers():
@@ -300,9 +319,16 @@ class NoFim(ByteTokenizer):
     ({"objective_args.z_los": 0.1}, TOKENIZER, "objective_args: unknown 'z_los'; did you mean 'z_loss'"),
     ({"objective_args.fim_rate": 1.5}, TOKENIZER, "fim_rate=1.5 .*between 0 and 1"),
     ({"objective_args.fim_rate": 0.5}, NoFim(), "no fill-in-the-middle tokens"),
+    ({"objective_args.fim_rate": "abc"}, TOKENIZER, "objective_args.fim_rate='abc': expected float, such as 0.0"),
+    ({"objective_args.z_loss": "abc"}, TOKENIZER, "objective_args.z_loss='abc': expected float"),
+    ({"objective_args.z_loss": "True"}, TOKENIZER, "objective_args.z_loss=True: expected float"),
     (dict(objective="fm_jax.objectives.causal_lm.CausalLMM"), TOKENIZER, "did you mean 'CausalLM'"),
-    (dict(objective="fm_jax.objectives.causal.CausalLM"), TOKENIZER, "no module 'fm_jax.objectives.causal'"),
+    (dict(objective="fm_jax.objectives.causal.CausalLM"), TOKENIZER, "in fm_jax.objectives: .* mean 'causal_lm'"),
+    (dict(objective="fm_jax.objectivs.causal_lm.CausalLM"), TOKENIZER, "in fm_jax: .* mean 'objectives'"),
+    (dict(objective="fm_jax.objectives.causal_lm.x.CausalLM"), TOKENIZER, "no module 'fm_jax.objectives.causal_lm.x'"),
+    (dict(objective="nopkg.a.b.C"), TOKENIZER, "no module 'nopkg'; expected package.module.Class"),
     (dict(objective="CausalLM"), TOKENIZER, "expected package.module.Class"),
+    (dict(objective=".causal_lm.CausalLM"), TOKENIZER, "expected package.module.Class"),
 ])
 def test_bad_settings_are_refused(changes, tokenizer, message):
     with pytest.raises(UserError, match=message):

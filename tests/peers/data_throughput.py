@@ -3,7 +3,7 @@
 From memory-mapped shards (the standard library's source as bytes) to the examples of the causal
 language model: tokens, targets, segment ids, positions, weights. The goal is 50 million.
 
-    PYTHONPATH=. python tests/peers/data_throughput.py [--tokenizer data/x/tokenizer --texts 'texts/*.jsonl']
+    PYTHONPATH=. python tests/peers/data_throughput.py [--fim_rate 0.5] [--tokenizer data/x/tokenizer --texts '*.jsonl']
 
 With --texts and --tokenizer it also prints tokens/s of tokenizing.
 """
@@ -34,6 +34,7 @@ def rate(batches, tokens_per_batch, seconds=2.0):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fim_rate", type=float, default=0.0, help="share of documents with a middle to fill in")
     parser.add_argument("--texts")
     parser.add_argument("--tokenizer")
     args = parser.parse_args()
@@ -41,10 +42,11 @@ def main():
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     config = configs.defaults()
     config.seq_len, config.batch_size = 1024, 32
+    objective = CausalLM(config, tokenizers.load("bytes"), fim_rate=args.fim_rate)
     with tempfile.TemporaryDirectory() as folder:
         config.data.train = os.path.join(folder, "data")
         prepared.prepare(documents.open_sources("catalogue:python_stdlib"), "bytes", config.data.train)
-        opened = open_batches(config, CausalLM(config))
+        opened = open_batches(config, objective)
         for name, make in (("batch by batch", lambda: (opened.batch(t) for t in range(2 ** 62))),
                            ("prefetched by Grain", opened.iterate)):
             rates = [rate(make(), config.batch_size * config.seq_len) / 1e6 for _ in range(3)]
