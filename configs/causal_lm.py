@@ -17,7 +17,7 @@ BENCH = {
                        norm="layernorm", norm_eps=1e-5, norm_bias=True, activation="gelu_tanh", gated_mlp=False,
                        qkv_bias=True, attention_out_bias=True, mlp_bias=True, position="learned", scan_layers=False),
     "bench_llama": dict(vocab_size=8192, num_layers=8, embed_dim=512, num_heads=8, num_kv_heads=4, mlp_dim=1408,
-                        max_seq_len=512, norm_eps=1e-5),
+                        max_seq_len=512, norm_eps=1e-5, scan_layers=False),
     "bench_maxtext": dict(vocab_size=8192, num_layers=4, embed_dim=256, num_heads=4, mlp_dim=1024, max_seq_len=512,
                           remat="full"),
 }

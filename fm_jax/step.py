@@ -53,8 +53,10 @@ class Program:
                 f"config.batch_size={config.batch_size} in {config.accumulation_steps} microbatches of {micro} is not "
                 f"divisible by the mesh's data x fsdp = {parts}; take a multiple of "
                 f"{parts * config.accumulation_steps}")
-        # The key is made inside: an array out here would start the backend, which `plan` must not.
-        boxed = jax.eval_shape(lambda: objective.init(jax.random.key(0)))
+        # Under jit, it is traced here and not again in `_init`. The key is made inside: an array out here would start
+        # the backend, which `plan` must not.
+        self._init_params = jax.jit(objective.init)
+        boxed = jax.eval_shape(lambda: self._init_params(jax.random.key(0)))
         params, self.axes = sharding.unbox(boxed)
         tx, self.schedule = optim.make(
             config.optimizer, total_steps=config.steps, warmup_steps=config.optimizer.warmup_steps,
@@ -107,7 +109,7 @@ class Program:
 
     def _init(self):
         key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
-        return self._around(sharding.unbox(self.objective.init(key))[0])
+        return self._around(sharding.unbox(self._init_params(key))[0])
 
     def _around(self, params):
         """Returns the state at step 0 that has these parameters."""

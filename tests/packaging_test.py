@@ -78,7 +78,8 @@ def checkout(tmp_path):
         shutil.copy(ROOT / name, tmp_path / name)
 
     def make(*args):
-        env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+        # What the outer make was told, it hands on to this one.
+        env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k not in ("VENV", "PYTHONS")}
         return subprocess.run(["make", *args], cwd=tmp_path, capture_output=True, text=True, env=env)
 
     return tmp_path, make
