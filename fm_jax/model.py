@@ -376,6 +376,8 @@ def _through_layers(apply, x, layers, keys, a: Architecture):
         f, policy=REMAT_POLICIES[a.remat], prevent_cse=not a.scan_layers, static_argnums=(3,))
 
     def one(x, layer, key, kind):
+        if not a.scan_layers:   # a scan keeps the gradients of a layer together by itself
+            x, layer = kernels.gradients_together(x, layer)
         x, _, taps = apply(x, layer, key, kind)
         return x, taps
 

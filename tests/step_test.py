@@ -286,3 +286,15 @@ def test_what_the_mesh_does_not_divide_is_refused(mesh, changes, message):
 def test_a_batch_other_than_the_spec_is_refused(watched, change):
     with pytest.raises(UserError, match="batch_spec says"):
         watched.place(change(batches(watched, 1)[0]))
+
+
+def test_unrolled_layers_need_less_memory_than_scanned_ones():
+    """Their weight gradients are made layer by layer; left to the end, all activations would be held until then."""
+    size = {"model.num_layers": 8, "model.embed_dim": 64, "model.head_dim": 8, "model.mlp_dim": 256, "model.dropout": 0.0,
+            "model.attention_kernel": "auto", "model.max_seq_len": 64, "seq_len": 64, "batch_size": 16}
+    memory = {}
+    for scan in (True, False):
+        program = make(model="unrolled", **size, **{"model.scan_layers": scan})
+        compiled = program.train_step.lower(program.abstract, program.batch_spec, 0).compile()
+        memory[scan] = compiled.memory_analysis().temp_size_in_bytes
+    assert memory[False] < 0.85 * memory[True], memory   # seen: 0.69, and 0.98 without
