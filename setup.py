@@ -21,11 +21,13 @@ setuptools.setup(
         "flax>=0.12.8",
         "grain",
         "jax>=0.10.2",
+        "jinja2",
         "matplotlib",
         "ml_collections",
         "numpy",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "pyyaml",
         "sentencepiece",
         "tensorboardX",
         "tokenizers",
@@ -36,6 +38,7 @@ setuptools.setup(
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "data": ["pyarrow"],              # Parquet
+        "gguf": ["gguf"],                 # weights in llama.cpp's format
         "test": ["pyarrow", "pytest", "pytest-xdist", "setuptools"],
         "peers": ["transformers"],        # reference models in the tests; without PyTorch
     },

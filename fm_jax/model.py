@@ -119,17 +119,53 @@ def rotate(x, table):
 # --- attention -----------------------------------------------------------------------------------------------------
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens seen so far: one array [B, S, K, H] a layer, and how many are valid."""
+    """Keys and values of the tokens seen so far: one array [B, S, K, H] a layer, and how many are valid.
+
+    S is the longest sequence; in a local layer the window, where that is shorter, and place p is at p modulo S.
+    """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
     length_B: jax.Array
+    count_B: jax.Array | None = None   # of the tokens that come next, the first so many are real; None: all
 
     @classmethod
-    def empty(cls, arch: Architecture, batch: int, max_length: int) -> "Cache":
-        make = lambda: tuple(jnp.zeros((batch, max_length, arch.num_kv_heads, arch.head_dim), arch.dtype)
-                             for _ in range(arch.num_layers))
-        return cls(make(), make(), jnp.zeros(batch, jnp.int32))
+    def empty(cls, arch: Architecture, batch: int, max_length: int, slack: int = 0) -> "Cache":
+        """Returns the cache of no tokens yet.
+
+        slack: the most tokens that `length_B` will be set back by, to take them off again.
+        """
+        def make(kind):
+            length = (min(max_length, arch.window) if kind == "local" else max_length) + slack
+            return jnp.zeros((batch, length, arch.num_kv_heads, arch.head_dim), arch.dtype)
+        return cls(*(tuple(make(kind) for kind in arch.layer_kinds) for _ in "kv"), jnp.zeros(batch, jnp.int32))
+
+
+class Places(NamedTuple):
+    """Where the layers of one kind write T new keys and values, and what each key is that they attend to."""
+
+    write_BT: jax.Array      # index in the layer's arrays; outside of them: not written
+    k_index_BS: jax.Array    # place in the sequence of each key
+    beside: bool             # the keys are the stored ones and then the new ones; else the stored ones, new included
+
+
+UNUSED = 2 ** 30   # place of an entry of a ring that holds nothing yet: out of every window
+
+
+def _places(cache: Cache, size: int, ring: bool, T: int) -> Places:
+    """Returns the places of T new tokens in layers of `size` entries."""
+    place_BT = cache.length_B[:, None] + jnp.arange(T)
+    end_B1 = (cache.length_B + (T if cache.count_B is None else cache.count_B))[:, None]
+    if not ring:   # writes past the end are dropped; decode.py never lets a sequence get there
+        write = place_BT if cache.count_B is None else jnp.where(place_BT < end_B1, place_BT, size)
+        return Places(write, jnp.arange(size)[None], False)
+    kept = (place_BT < end_B1) & (place_BT >= end_B1 - size)
+    # Writing several tokens first would take from the first of them what only the last no longer see.
+    last_B1 = cache.length_B[:, None] - (T > 1)
+    held_BS = last_B1 - (last_B1 - jnp.arange(size)) % size
+    held_BS = jnp.where(held_BS < 0, UNUSED, held_BS)
+    return Places(jnp.where(kept, place_BT % size, size),
+                  jnp.concatenate([held_BS, place_BT], axis=1) if T > 1 else held_BS, T > 1)
 
 
 class Attention(nn.Module):
@@ -141,7 +177,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, mask, rope, context_BSD=None, cache=None):
-        """Returns (output [B, T, D], cache): cache is None, or (k, v [B, S, K, H], index_BT) to write and read."""
+        """Returns (output [B, T, D], cache): cache is None, or (k, v [B, S, K, H], Places) to write and read."""
         a = self.arch
         D, K, G, H = a.embed_dim, a.num_kv_heads, a.groups, a.head_dim
         source = context_BSD if self.cross else x_BTD
@@ -167,12 +203,12 @@ class Attention(nn.Module):
             k = self.layout.constrain(k, "batch", "length", "kv_heads", "head")
             v = self.layout.constrain(v, "batch", "length", "kv_heads", "head")
         if cache is not None and not self.cross:
-            k_all, v_all, index_BT = cache
+            *held, places = cache
             rows = jnp.arange(x_BTD.shape[0])[:, None]
-            # Writes past the end are dropped; decode.py never lets a sequence get there.
-            k = k_all.at[rows, index_BT].set(k.astype(k_all.dtype), mode="drop")
-            v = v_all.at[rows, index_BT].set(v.astype(v_all.dtype), mode="drop")
-            cache = (k, v, index_BT)
+            new = [a.astype(h.dtype) for a, h in zip((k, v), held)]
+            stored = [h.at[rows, places.write_BT].set(n, mode="drop") for h, n in zip(held, new)]
+            k, v = [jnp.concatenate(pair, axis=1) for pair in zip(held, new)] if places.beside else stored
+            cache = (*stored, places)
         out = kernels.attention(q, k, v, mask, scale=a.attention_scale or H ** -0.5, softcap=a.attention_softcap,
                                 kernel=a.attention_kernel if cache is None else "reference")
         y = kernels.linear(out, wo, inputs=3)
@@ -294,7 +330,8 @@ class Transformer(nn.Module):
           segment_ids_BT: tokens see only their own segment (packed documents; 0 marks padding).
           prefix_BT: True where a token may be seen by all of its segment (prefix LM).
           context_BSD, context_segment_ids_BS: the encoder's output, for cross attention.
-          cache: attend to what it holds and to x, which is appended. Not with segments or a prefix.
+          cache: attend to what it holds and to x, which is appended. Not with segments or a prefix. Rows padded at
+            their right say so in its `count_B`.
           key: of dropout; None: no dropout.
           capture: names out of TAPS to return, each [L, B, T, D].
         """
@@ -305,16 +342,17 @@ class Transformer(nn.Module):
         else:
             layers = self.get_variable("params", "layers")
 
-        index_BT = None
+        index_BT, places, kinds = None, {}, a.layer_kinds
         if cache is not None:
             if segment_ids_BT is not None or prefix_BT is not None:
                 raise UserError("a cache cannot be combined with segment_ids or a prefix: one sequence a row")
             index_BT = cache.length_B[:, None] + jnp.arange(T)
+            places = {k: _places(cache, entries.shape[1], k == "local", T) for k, entries in zip(kinds, cache.k)}
         if positions_BT is None:
             positions_BT = index_BT if index_BT is not None else jnp.broadcast_to(jnp.arange(T), (B, T))
-        kinds = a.layer_kinds
-        mask = kernels.Mask(a.causal, 0, segment_ids_BT, segment_ids_BT, prefix_BT, index_BT,
-                            None if cache is None else jnp.arange(cache.k[0].shape[1])[None])
+        mask = kernels.Mask(a.causal, 0, segment_ids_BT, segment_ids_BT, prefix_BT, index_BT)
+        masks = {k: mask._replace(window=a.window if k == "local" else 0,
+                                  k_index_BS=places[k].k_index_BS if places else None) for k in set(kinds)}
         context_mask = None
         if a.cross_attention:
             if context_BSD is None:
@@ -325,7 +363,7 @@ class Transformer(nn.Module):
             context_mask = kernels.Mask(False, 0, segment_ids_BT, context_segment_ids_BS)
             if segment_ids_BT is None and context_segment_ids_BS is not None:   # unpacked: only hide the padding
                 context_mask = context_mask._replace(q_segments_BT=jnp.ones((B, T), context_segment_ids_BS.dtype))
-        inputs = Inputs({k: mask._replace(window=a.window if k == "local" else 0) for k in set(kinds)},
+        inputs = Inputs(masks,
                         {k: rope_table(a, k, positions_BT) if a.position == "rope" else None for k in set(kinds)},
                         context_BSD, context_mask)
         keys = jax.random.split(key, a.num_layers) if key is not None else None
@@ -337,9 +375,9 @@ class Transformer(nn.Module):
         if cache is not None:
             x, ks, vs, taps = x_BTD, [], [], []
             for i, (layer, kind) in enumerate(zip(unstack(layers, a.num_layers), kinds)):
-                x, (k, v, _), tap = apply(x, layer, None, kind, (cache.k[i], cache.v[i], index_BT))
+                x, (k, v, _), tap = apply(x, layer, None, kind, (cache.k[i], cache.v[i], places[kind]))
                 ks, vs, taps = [*ks, k], [*vs, v], [*taps, tap]
-            cache = Cache(tuple(ks), tuple(vs), cache.length_B + T)
+            cache = Cache(tuple(ks), tuple(vs), cache.length_B + (T if cache.count_B is None else cache.count_B))
             taps = jax.tree.map(lambda *t: jnp.stack(t), *taps)
         else:
             x, taps = _through_layers(apply, x_BTD, layers, keys, a)

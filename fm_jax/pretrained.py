@@ -1,6 +1,6 @@
 """A trained model, ready to use, from the folder of its run: what `fm_jax.load` returns. Layer 4.
 
-    lm = fm_jax.load("runs/quickstart")
+    lm = fm_jax.load("runs/quickstart")          # or a folder with Hugging Face weights
     lm.logits(tokens)  lm.hidden(tokens)  lm.score(contexts, continuations)  lm.generate(prompts)  lm.embed(texts)
     lm.params  lm.config  lm.tokenizer  lm.module  lm.step
 """
@@ -12,14 +12,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from fm_jax import checkpoint, config as config_lib, decode, objectives, scoring, sharding, tree
+from fm_jax import checkpoint, config as config_lib, decode, hf, objectives, scoring, sharding, tree
 from fm_jax import tokenizer as tokenizers
 from fm_jax.data.prepared import document_ends
 from fm_jax.errors import UserError, choose
 
 
 def load(folder, *, step: int | None = None, mesh: dict | None = None, ema: bool = True) -> "Pretrained":
-    """Returns the model in a run folder.
+    """Returns the model in a run folder, in a folder of Hugging Face weights, or in a GGUF file.
 
     Args:
       folder: what `--workdir` was.
@@ -31,20 +31,43 @@ def load(folder, *, step: int | None = None, mesh: dict | None = None, ema: bool
       UserError: no run there, no readable checkpoint, or a mesh that does not fit.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not hf.is_folder(folder):
         raise UserError(f"{folder}: no run here (no config.json); train one with python -m fm_jax.train "
                         f"--workdir {folder}")
+    if hf.is_folder(folder):
+        if step is not None:
+            raise UserError(f"{folder}: step={step}: a folder of Hugging Face weights has no checkpoints")
+        return load_hf(folder, mesh=mesh)
     config, filled = config_lib.load(folder / "config.json")
     if filled:
         print(f"{folder / 'config.json'} is of an older version; these keys take today's default: {', '.join(filled)}")
-    layout = sharding.Layout(sharding.make_mesh(mesh or {"data": 1, "fsdp": 1, "tensor": 1}))
     tokenizer = tokenizers.load(folder / "tokenizer")
-    objective = objectives.load(config, tokenizer, layout)
-    params, axes = sharding.unbox(jax.eval_shape(objective.init, jax.random.key(0)))
-    abstract = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s),
-                            params, layout.parameters(params, axes))
+    objective, abstract = _abstract(config, tokenizer, mesh)
     step = max(checkpoint.steps(folder), default=None) if step is None else step
     return Pretrained(config, tokenizer, objective, checkpoint.restore_params(folder, step, abstract, ema=ema), step)
+
+
+def load_hf(folder, *, mesh: dict | None = None, dtype: str = "") -> "Pretrained":
+    """Returns the model in a folder of Hugging Face weights (config.json, safetensors, tokenizer) or a GGUF file.
+
+    `mesh`: as in `load`. `dtype`: of activations; default that of the weights.
+
+    Raises:
+      UserError: a family, setting or tensor that this model does not have, a damaged file, or a mesh that does not fit.
+    """
+    there = hf.open_folder(folder)
+    config, tokenizer = hf.read_config(there, dtype=dtype), hf.read_tokenizer(there)
+    objective, abstract = _abstract(config, tokenizer, mesh)
+    return Pretrained(config, tokenizer, objective, hf.read_params(there, objective.arch, abstract))
+
+
+def _abstract(config, tokenizer, mesh):
+    """Returns (objective, its parameters as shape structs with shardings on the mesh)."""
+    layout = sharding.Layout(sharding.make_mesh(mesh or {"data": 1, "fsdp": 1, "tensor": 1}))
+    objective = objectives.load(config, tokenizer, layout)
+    params, axes = sharding.unbox(jax.eval_shape(objective.init, jax.random.key(0)))
+    return objective, jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s),
+                                   params, layout.parameters(params, axes))
 
 
 def parse_mesh(text: str) -> dict[str, int] | None:
@@ -96,25 +119,32 @@ class Pretrained:
                                    batch_size=self._batch_size)
 
     def generate(self, prompts, *, max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0,
-                 top_p: float = 1.0, seed: int = 0, stop_at_end: bool = True) -> list[str]:
-        """Returns the text that continues each prompt (text), without the prompt.
+                 top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, n: int = 1, seed: int = 0,
+                 stop=(), stop_at_end: bool = True) -> list[str]:
+        """Returns n texts that continue each prompt (text), without the prompt: those of a prompt follow each other.
 
-        temperature 0 takes the likeliest token each time. Prompt i draws from seed + i. `stop_at_end`: the
-        end-of-text token ends a continuation early.
+        temperature 0 takes the likeliest token each time. Text i draws from seed + i. `stop`: strings that end a
+        text and are not part of it. `stop_at_end`: the end-of-text token ends a text early.
         """
-        prompts = _texts("prompts", prompts)
+        prompts, stop = _texts("prompts", prompts), _texts("stop", stop)
+        if "" in stop:
+            raise UserError("stop='': an empty stop string would end every text at once; leave it out")
         start, end = document_ends(self.tokenizer)
         ids = [np.concatenate([[start], self.tokenizer.encode(p)]) for p in prompts]
         arrays = jax.tree.leaves(self.params)
         if len(arrays) != len(self._decode_params[0]) or any(map(operator.is_not, arrays, self._decode_params[0])):
             self._decode_params = arrays, decode.per_layer(self.params)
-        seeds = (seed + np.arange(len(ids))) % 2**32
+        rows = [(p, i) for p, i in zip(prompts, ids) for _ in range(n)]
         extra = -len(ids) % self._parts
-        made = decode.generate(
+        stopped = lambda row, new: row < len(rows) and decode.find_stop(self._continuation(*rows[row], new), stop)[1]
+        made = decode.complete(
             self.objective, self._decode_params[1], ids + ids[-1:] * extra, max_new_tokens=max_new_tokens,
-            sampling=decode.Sampling(temperature, top_k, top_p, self.tokenizer.vocab_size),
-            seeds=np.append(seeds, seeds[-1:].repeat(extra)), stop_ids=(start, end) if stop_at_end else ())
-        return [self._continuation(*each) for each in zip(prompts, ids, made)]
+            sampling=decode.Sampling(temperature, top_k, top_p, self.tokenizer.vocab_size, min_p, repetition_penalty),
+            seeds=(seed + np.arange(n * (len(ids) + extra))) % 2**32, n=n, stopped=stopped if stop else None,
+            stop_ids=(start, end) if stop_at_end else ())
+        texts = [self._continuation(*row, each.tokens) for row, each in zip(rows, made)]
+        ends = [decode.find_stop(text, stop) for text in texts]
+        return [text[:at] if found else text for text, (at, found) in zip(texts, ends)]
 
     def embed(self, texts) -> np.ndarray:
         """Returns float32 [n, D]: the mean hidden state over each text's tokens (the first that fit the context)."""

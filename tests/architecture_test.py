@@ -19,10 +19,10 @@ PACKAGE = ROOT / "fm_jax"
 LAYERS = (
     ("errors", "architecture", "config", "tree", "sharding"),
     ("kernels", "model", "frontends", "tokenizer"),
-    ("objectives", "data", "optim", "checkpoint", "metrics"),
-    ("decode", "scoring", "step"),
+    ("objectives", "data", "optim", "checkpoint", "metrics", "gguf"),
+    ("decode", "hf", "scoring", "step"),
     ("pretrained", "evals"),
-    ("train", "evaluate", "generate", "plan", "benchmark", "prepare", "report"),
+    ("train", "evaluate", "generate", "plan", "benchmark", "prepare", "report", "convert"),
 )
 SAME_LAYER = {
     ("architecture", "errors"), ("config", "errors"), ("config", "architecture"), ("tree", "errors"),

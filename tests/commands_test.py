@@ -15,6 +15,7 @@ import pytest
 
 import fm_jax
 from fm_jax import config as config_lib
+from fm_jax import evaluate as evaluate_module
 from fm_jax import objectives, plan, report, sharding
 from fm_jax.architecture import SIZES, Architecture
 from fm_jax.data import prepared
@@ -24,7 +25,7 @@ from fm_jax.step import Program
 FLAGS = {"train": ("config", "workdir", "profile"), "evaluate": ("workdir", "tasks", "limit"),
          "generate": ("workdir", "prompt", "temperature"), "prepare": ("source", "tokenizer", "output"),
          "plan": ("config", "sizes", "devices"), "benchmark": ("config", "steps", "json"),
-         "report": ("workdir", "prompt")}
+         "report": ("workdir", "prompt"), "convert": ("workdir", "from_hf", "to_hf")}
 
 
 @pytest.fixture(scope="module")
@@ -187,8 +188,39 @@ def test_generate_prints_what_the_model_says(inline, tiny_run):
     assert (code, on_eight) == (0, out), err
 
 
+def test_generate_reads_prompt_files_and_stops(inline, tiny_run, tmp_path):
+    folder, _ = tiny_run
+    (tmp_path / "p.txt").write_text("To be\n\nOr\n")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "To be"}\n{"prompt": "Or", "id": 7}\n')
+    request = [f"--workdir={folder}", "--max_new_tokens=12", "--temperature=1.0", "--min_p=0.02", "--n=2",
+               "--repetition_penalty=1.3"]
+    code, out, err = inline("generate", *request, "--prompt=To be", "--prompt=Or")
+    assert code == 0, err
+    for name in ("p.txt", "p.jsonl"):
+        assert inline("generate", *request, f"--prompt_file={tmp_path / name}") == (0, out, "")
+    texts = out.removesuffix("\n").split("\n---\n")
+    assert len(texts) == 4
+    stop = texts[0].removeprefix("To be")[3:5]
+    request += [f"--stop={stop}", "--stop=never seen"]
+    code, cut, err = inline("generate", *request, "--prompt=To be", "--prompt=Or")
+    assert code == 0, err
+    shorter = [p + t.removeprefix(p).split(stop)[0] for p, t in zip(["To be"] * 2 + ["Or"] * 2, texts)]
+    assert cut.removesuffix("\n").split("\n---\n") == shorter != texts
+
+
+@pytest.mark.parametrize("content, message", [
+    ('{"prompt": 3}', "p.jsonl:1: expected {"), ("To be", "p.jsonl:1: not JSON"), ("\n", "p.jsonl is empty"),
+    (None, "p.jsonl: [Errno 2]")])
+def test_generate_refuses_a_prompt_file(content, message, inline, tiny_run, tmp_path):
+    if content is not None:
+        (tmp_path / "p.jsonl").write_text(content)
+    code, _, err = inline("generate", f"--workdir={tiny_run[0]}", f"--prompt_file={tmp_path / 'p.jsonl'}")
+    assert code == 2 and message in err and err.count("\n") == 1, err
+
+
 @pytest.mark.parametrize("flags, message", [
-    (["--max_new_tokens=256"], "max_new_tokens=256 must be from 1 to 255"),
+    (["--min_p=2"], "min_p=2.0 must be"), (["--repetition_penalty=0"], "repetition_penalty=0.0 must be"),
+    (["--stop="], "stop=''"), (["--max_new_tokens=256"], "max_new_tokens=256 must be from 1 to 255"),
     (["--max_new_tokens=0"], "max_new_tokens"), (["--temperature=-1"], "temperature=-1.0 must be"),
     (["--top_p=0"], "top_p=0.0 must be above 0"), (["--top_k=-1"], "top_k=-1 must be"), (["--step=5"], "unknown 5"),
     (["--prompt"], "prompt"), (["--mesh=fdsp=2"], "--mesh=fdsp=2: axis: unknown 'fdsp'; did you mean 'fsdp'?"),
@@ -258,7 +290,8 @@ def test_evaluate_names_the_file_that_it_cannot_write(inline, run, monkeypatch):
 
 @pytest.mark.parametrize("flags, message", [
     (["--tasks=perplexty"], "--tasks: unknown 'perplexty'; did you mean 'perplexity'?"),
-    (["--tasks="], "--tasks is empty"), (["--step=5"], "unknown 5"),
+    (["--tasks="], "--tasks is empty"), (["--step=5"], "unknown 5"), (["--tasks=x*"], "no task is like 'x*'"),
+    (["--tasks=nowhere.yaml"], "cannot read the task nowhere.yaml"),
     (["--data=nowhere"], "no prepared data at 'nowhere'")])
 def test_evaluate_refuses(flags, message, inline, run):
     code, _, err = inline("evaluate", f"--workdir={run}", *flags)
@@ -272,6 +305,95 @@ def test_evaluate_needs_held_out_text(inline, run, tmp_path):
                   f"--output={tmp_path / 'x'}", "--workers=1")[0] == 0
     code, _, err = inline("evaluate", f"--workdir={run}", f"--data={tmp_path / 'x'}")
     assert code == 2 and "has no held-out text; prepare it with a larger --validation_frac" in err, err
+
+
+@pytest.fixture
+def task_file(tmp_path):
+    """Returns the path of a task of lm-evaluation-harness: two questions, which letter comes next."""
+    docs = [{"q": "a b c", "right": 0, "other": ["d", "x"]}, {"q": "m n o", "right": 1, "other": ["k", "p"]}]
+    (tmp_path / "next.jsonl").write_text("".join(json.dumps(d) + "\n" for d in docs))
+    path = tmp_path / "next.yaml"
+    path.write_text("""
+task: next_letter
+dataset_path: json
+dataset_kwargs: {data_files: {test: next.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_target: right
+doc_to_choice: other
+metadata: {version: 2}
+""")
+    return path
+
+
+def test_evaluate_runs_a_task_file(inline, tiny_run, task_file, tmp_path):
+    """No held-out text is needed; every figure follows from the model's own scores."""
+    code, out, err = inline("evaluate", f"--workdir={tiny_run[0]}", f"--tasks={task_file}",
+                            f"--output={tmp_path / 'r'}")
+    assert code == 0, err
+    found = json.loads((tmp_path / "r" / "next_letter_0shot.json").read_text())
+    scores = fm_jax.load(tiny_run[0]).score(["a b c", "a b c", "m n o", "m n o"], [" d", " x", " k", " p"])
+    d, x, k, p = (s.logprob for s in scores)
+    acc = ((d >= x) + (p > k)) / 2
+    assert [r[0] for s in found["samples"] for r in s["resps"]] == pytest.approx([d, x, k, p], abs=1e-5)
+    assert found["metrics"]["acc,none"] == acc == found["metrics"]["acc_norm,none"]   # choices of one character
+    assert re.search(rf"^next_letter +acc +{acc:.4f} \+- \d", out, re.MULTILINE)
+    table = (tmp_path / "r" / "results.md").read_text()
+    assert f"| next_letter | 2 | none | 0 | acc | ↑ | {acc:.4f} | ± | " in table
+    assert not list(pathlib.Path(tiny_run[0]).rglob("next_letter*"))
+
+
+def test_evaluate_goes_on_where_it_stopped(inline, run, task_file, monkeypatch):
+    """What is there is kept while it is of the same model, task and settings; half a file is not."""
+    evaluate = lambda *flags: inline("evaluate", f"--workdir={run}", f"--tasks=perplexity,{task_file}", "--limit=1",
+                                     *flags)
+    assert evaluate()[0] == 0
+    folder, asked = run / "eval" / "12", []
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert set(before) == {"perplexity_limit1.json", "next_letter_0shot_limit1.json"}
+    score = fm_jax.pretrained.Pretrained.score
+    monkeypatch.setattr(fm_jax.pretrained.Pretrained, "score",
+                        lambda lm, *pairs: asked.append("score") or score(lm, *pairs))
+    monkeypatch.setitem(tasks.TASKS, "perplexity", lambda *args, **kwargs: asked.append("perplexity") or tasks.Result(
+        {"bits_per_byte": 1.0}, []))
+    code, out, err = evaluate()
+    assert (code, asked) == (0, []) and out.count("of the same model and settings: taken as it is") == 2, err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (folder / "perplexity_limit1.json").write_bytes(before["perplexity_limit1.json"][:-9])
+    assert evaluate()[0] == 0 and asked == ["perplexity"]
+    task_file.write_text(task_file.read_text() + "target_delimiter: '='\n")   # another task of the same name
+    assert evaluate()[0] == 0 and asked == ["perplexity", "score"]
+    assert evaluate("--num_fewshot=1")[0] == 0 and asked == ["perplexity", "score", "score"]
+    assert (folder / "next_letter_1shot_limit1.json").exists()
+    lm = fm_jax.load(run, step=12)
+    changed = jax.tree.map(lambda x: x + 1, lm.params)
+    assert evaluate_module.parameters_mark(lm.params) != evaluate_module.parameters_mark(changed)
+
+
+def test_evaluate_takes_patterns(inline, run):
+    assert inline("evaluate", f"--workdir={run}", "--tasks=perp*", "--limit=1")[0] == 0
+    assert [p.name for p in (run / "eval" / "12").iterdir()] == ["perplexity_limit1.json"]
+
+
+def test_compare_pairs_the_samples_of_two_evaluations(command, inline, run, tmp_path):
+    for step in (4, 12):
+        code, _, err = inline("evaluate", f"--workdir={run}", f"--step={step}", f"--output={tmp_path / str(step)}")
+        assert code == 0, err
+    result = command("evaluate", "--compare", tmp_path / "4", tmp_path / "12")
+    assert result.returncode == 0, result.stderr
+    early, late = (json.loads((tmp_path / s / "perplexity.json").read_text())["metrics"]["bits_per_byte"]
+                   for s in ("4", "12"))
+    line = re.search(r"^perplexity +bits_per_byte +(\S+) +(\S+) +(\S+)  \[(\S+), (\S+)\] +(\S+)$", result.stdout,
+                     re.MULTILINE)
+    a, b, gap, low, high, p = map(float, line.groups())
+    assert (a, b) == (round(early, 4), round(late, 4)) and low <= gap <= high and gap < 0   # training helped
+    assert high < 0 and p < 0.05
+    assert re.search(r"^next_sentence_3shot +acc_mutual_info ", result.stdout, re.MULTILINE)
+    code, out, err = inline("evaluate", f"--compare={tmp_path / '4'},{tmp_path / '12'}")
+    assert (code, out) == (0, result.stdout), err
+    code, _, err = inline("evaluate", f"--compare={tmp_path / '4'}")
+    assert code == 2 and "--compare takes two folders, got 1" in err
 
 
 def test_report_compares_and_draws(inline, run):

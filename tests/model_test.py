@@ -100,9 +100,9 @@ def test_cached_equals_full(variant):
     arch, module, params = build(**VARIANTS[variant])
     full, _, _ = run(module, params, TOKENS)
     starts = np.array([3, 5])
-    got, cache, _ = run(module, params, TOKENS[:, :5], cache=model.Cache.empty(arch, 2, 16))
-    np.testing.assert_allclose(got[1], full[1, :5], rtol=1e-4, atol=1e-4)
-    cache = cache._replace(length_B=jnp.asarray(starts))   # row 0's last two were padding
+    got, cache, _ = run(module, params, TOKENS[:, :5],
+                        cache=model.Cache.empty(arch, 2, 16)._replace(count_B=jnp.asarray(starts)))
+    np.testing.assert_allclose(got[1], full[1, :5], rtol=1e-4, atol=1e-4)   # row 0's last two are padding
     unstacked = dict(params, transformer=dict(params["transformer"], layers=model.unstack(
         jax.tree.map(jnp.asarray, params["transformer"]["layers"]), arch.num_layers)))
     done = starts.copy()
@@ -112,6 +112,30 @@ def test_cached_equals_full(variant):
         for b in range(2):
             np.testing.assert_allclose(got[b], full[b, done[b] : done[b] + n], rtol=1e-4, atol=1e-4)
         done += n
+
+
+@pytest.mark.parametrize("window", [1, 3, 4, 8, 16, 31])
+def test_local_layers_store_their_window_alone(window):
+    """Cached equals full, far past the window: prompts shorter and longer than it, chunks, steps, tokens taken back."""
+    arch, module, params = build(**{**VARIANTS["gemma"], "window": window})
+    tokens = np.random.default_rng(5).integers(0, 37, (3, 31))
+    full, _, _ = run(module, params, tokens)
+    cache = model.Cache.empty(arch, 3, 32, slack=3)
+    assert [k.shape[1] for k in cache.k] == [min(window, 32) + 3, 35, min(window, 32) + 3]
+    done = np.zeros(3, int)
+    # How many are fed to each row, and how many of them each row then takes back: at most the slack.
+    for width, count, back in [(12, (2, 7, 12), (0, 0, 0)), (1, (1, 1, 1), (0, 0, 0)), (6, (6, 0, 4), (0, 0, 3)),
+                               (4, (4, 4, 4), (3, 0, 1)), (1, (1, 0, 1), (0, 0, 0)), (1, (1, 1, 1), (0, 0, 0)),
+                               (4, (4, 4, 4), (2, 3, 1)), (4, (3, 4, 2), (0, 1, 0)), (1, (1, 1, 1), (0, 0, 0))]:
+        fed = np.stack([np.resize(tokens[b, done[b] : done[b] + width], width) for b in range(3)])
+        got, cache, _ = run(module, params, fed, cache=cache._replace(count_B=jnp.asarray(count)))
+        for b in range(3):
+            want = full[b, done[b] : done[b] + count[b]]
+            np.testing.assert_allclose(got[b, : count[b]], want, rtol=1e-4, atol=1e-4)
+        done += count
+        done -= back
+        assert cache.length_B.tolist() == (done + back).tolist()
+        cache = cache._replace(length_B=jnp.asarray(done, jnp.int32))
 
 
 def test_prefix_lm_equals_naive_and_differs_from_causal():

@@ -5,6 +5,7 @@ import json
 import lzma
 import pathlib
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -113,7 +114,7 @@ def test_generated_text_keeps_its_spaces(kind, lm, tmp_path, monkeypatch):
     for prompt, new, want in [("the king", word, " is dead"), ("O", end, ", the king"), ("", word, "is dead"),
                               ("the  king", word, " is dead"), ("  the king", word, " is dead"),
                               ("\ufb01", word, " is dead"), ("the king ", word, twice)]:
-        monkeypatch.setattr(decode, "generate", lambda *args, **kwargs: [new])
+        monkeypatch.setattr(decode, "complete", lambda *args, **kwargs: [types.SimpleNamespace(tokens=new)])
         assert other.generate([prompt]) == [want], prompt
 
 

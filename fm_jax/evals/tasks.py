@@ -13,7 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from fm_jax.errors import UserError
+from fm_jax.evals.metrics import rolling_items
 
+PERPLEXITIES = ("bits_per_byte", "byte_perplexity", "word_perplexity")
 SHOTS = 3            # worked examples before each question, unless said otherwise
 CHOICES = 4
 LONGEST_CHARS = 250  # of a sentence: a question and its answer fit a short context, such as the quickstart's
@@ -35,7 +37,9 @@ def perplexity(lm, texts: list[str], *, limit: int = 0) -> Result:
     words = sum(len(re.split(r"\s+", t)) for t in texts)
     metrics = {"bits_per_byte": nats_per_byte / math.log(2), "byte_perplexity": math.exp(nats_per_byte),
                "word_perplexity": math.exp(min(700, -sum(logprobs) / words)), "documents": len(texts)}
-    return Result(metrics, [{"bytes": n, "logprob": l, "text": t[:80]} for t, n, l in zip(texts, nbytes, logprobs)])
+    samples = [{"bytes": n, "logprob": l, "text": t[:80], **rolling_items(PERPLEXITIES, l, t)}
+               for t, n, l in zip(texts, nbytes, logprobs)]
+    return Result(metrics, samples)
 
 
 def next_sentence(lm, texts: list[str], *, limit: int = 0, num_fewshot: int = SHOTS) -> Result:

@@ -1,0 +1,224 @@
+"""Prompts, shots, requests and results of task files: written out by hand, and drawn again by a naive loop.
+
+tests/peers/same_evaluations.py compares all of it with lm-evaluation-harness itself.
+"""
+
+import json
+import math
+import random
+import types
+
+import pytest
+
+from fm_jax import tokenizer as tokenizers
+from fm_jax.errors import UserError
+from fm_jax.evals import requests, yaml_task
+
+DOCS = [{"q": f"q{i}", "a": f"a{i}", "label": i % 2, "options": [f"x{i}", f"yy{i}"]} for i in range(6)]
+
+
+class Oracle:
+    """Stands for a loaded model: answers by functions, remembers what it was asked."""
+
+    tokenizer = tokenizers.load("bytes")
+
+    def __init__(self, logprob=lambda a, b: 0.0, answer=lambda prompt, i: "", max_seq_len=100_000):
+        self.logprob, self.answer, self.asked = logprob, answer, []
+        self.objective = types.SimpleNamespace(arch=types.SimpleNamespace(max_seq_len=max_seq_len))
+
+    def score(self, contexts, continuations):
+        self.asked += zip(contexts, continuations)
+        found = (self.logprob(a, b) for a, b in zip(contexts, continuations))
+        return [types.SimpleNamespace(logprob=x, is_greedy=x > -1) for x in found]
+
+    def score_texts(self, texts):
+        self.asked += texts
+        return [self.logprob("", t) for t in texts]
+
+    def generate(self, prompts, **options):
+        self.asked += prompts
+        self.options = options
+        return [self.answer(p, i) for i, p in enumerate(prompts)]
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Returns a function (num_fewshot, documents of splits, fields) -> task; multiple choice where not said."""
+    def make(num_fewshot=0, test=DOCS, train=None, **fields):
+        files = {}
+        for split, docs in {"test": test, "train": train}.items():
+            if docs is not None:
+                files[split] = str(tmp_path / f"{split}.jsonl")
+                (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(d) + "\n" for d in docs))
+        base = {"task": "t", "dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test",
+                "output_type": "multiple_choice", "doc_to_text": "Q: {{q}}\nA:", "doc_to_target": "label",
+                "doc_to_choice": "options", "num_fewshot": num_fewshot}
+        (tmp_path / "t.yaml").write_text(json.dumps({k: v for k, v in (base | fields).items() if v is not None}))
+        return yaml_task.load(tmp_path / "t.yaml")
+    return make
+
+
+GENERATE = {"output_type": "generate_until", "doc_to_choice": None, "doc_to_target": "a"}
+
+
+def prompts(task):
+    return [q.pairs[0][0] if q.pairs else q.text for q in requests.questions(task)]
+
+
+def test_a_prompt_by_hand(load):
+    train = [{"q": "T", "a": "", "label": 1, "options": ["n", "y"]}]
+    task = load(1, train=train, training_split="train", description="About {{q}}.\n", test=DOCS[:1])
+    (question,) = requests.questions(task)
+    context = "About q0.\nQ: T\nA: y\n\nQ: q0\nA:"
+    assert question.pairs == [(context, " x0"), (context, " yy0")]
+    task = load(1, train=train, training_split="train", target_delimiter="=", fewshot_delimiter="#", test=DOCS[:1])
+    (question,) = requests.questions(task)
+    assert question.pairs[1] == ("Q: T\nA:=y#Q: q0\nA:", "=yy0")
+
+
+def test_shots_may_be_written_otherwise(load):
+    config = {"samples": [{"q": "S", "a": ["first", "second"], "label": 0, "options": ["n"]}], "sampler": "first_n",
+              "doc_to_text": "{{q}}?", "doc_to_target": "a", "target_delimiter": "->", "fewshot_delimiter": "|"}
+    assert prompts(load(1, fewshot_config=config, test=DOCS[:1])) == ["S?->first|Q: q0\nA:"]
+
+
+def test_gen_prefix_is_set_apart_once(load):
+    """The delimiter stands before it only where no white space does, and a space behind it in a shot likewise."""
+    make = lambda prefix, text: prompts(load(1, **GENERATE, gen_prefix=prefix, doc_to_text=text, test=DOCS[1:2],
+                                             train=DOCS[:1], training_split="train", target_delimiter="_"))[0]
+    assert make("So", "{{q}}") == "q0_So a0\n\nq1_So" and make("So ", "{{q}}") == "q0_So a0\n\nq1_So "
+    assert make("So", "{{q}} ") == "q0 So a0\n\nq1 So" and make("", "{{q}}") == "q0_a0\n\nq1"
+
+
+def test_shots_are_drawn_as_the_harness_draws():
+    """One random.Random(1234) for all documents in their order; one more where the document may be among them."""
+    pool = [{"i": i} for i in range(9)]
+    for excludes in (False, True):
+        task = types.SimpleNamespace(path="t", num_fewshot=3, shots=types.SimpleNamespace(
+            pool=pool, sampler="default", excludes_question=excludes))
+        ours, theirs = random.Random(5), random.Random(5)
+        for doc in pool:
+            expected = [d for d in theirs.sample(pool, 4) if d != doc][:3] if excludes else theirs.sample(pool, 3)
+            assert requests.draw(task, doc, ours) == expected
+    task.shots.sampler = "first_n"
+    assert requests.draw(task, pool[1], ours) == [pool[0], pool[2], pool[3]]
+    task.shots.excludes_question = False
+    assert requests.draw(task, pool[1], ours) == pool[:3]
+    task.num_fewshot = 0
+    assert requests.draw(task, pool[1], ours) == []
+
+
+def test_the_seed_and_the_order_of_documents(load):
+    task = load(2, train=DOCS[:5], training_split="train", doc_to_text="{{q}}", **GENERATE)
+    rng = random.Random(1234)
+    expected = []
+    for doc in DOCS:
+        shots = rng.sample(DOCS[:5], 2)
+        expected.append("".join(f"{s['q']} {s['a']}\n\n" for s in shots) + doc["q"])
+    assert prompts(task) == expected
+    assert [q.text for q in requests.questions(task, limit=2)] == expected[:2]
+
+
+def test_a_document_twice_in_the_pool_is_never_its_own_shot(load):
+    twice = [DOCS[0]] * 4 + DOCS[1:3]
+    made = prompts(load(2, test=twice, fewshot_split="test", doc_to_text="<{{q}}>", **GENERATE))
+    for prompt, doc in zip(made, twice):
+        assert prompt.count("<") == 3 and prompt.count(f"<{doc['q']}>") == 1
+    with pytest.raises(UserError, match="t.yaml: 3 shots are asked for, and there are 2 documents to draw from"):
+        prompts(load(3, test=twice, fewshot_split="test", **GENERATE))
+
+
+def test_choices_that_are_questions(load):
+    """doc_to_text is the number of the right one; each is a context, and the target is what follows all of them."""
+    docs = [d | {"end": "the end"} for d in DOCS[:2]]
+    task = load(1, test=docs, train=docs, training_split="train", doc_to_text="label", doc_to_target="end",
+                doc_to_choice="{{['a ' + q, 'b ' + q]}}", fewshot_config={"sampler": "first_n"})
+    first, second = requests.questions(task)
+    assert first.pairs == [("a q0 the end\n\na q0", " the end"), ("a q0 the end\n\nb q0", " the end")]
+    assert second.gold == 1
+    result = requests.evaluate(Oracle(lambda a, b: -2.0 + a.endswith("b q1") + a.endswith("a q0")), task)
+    assert result.metrics["acc,none"] == 1.0
+
+
+def test_results_of_multiple_choice_by_hand(load):
+    metric_list = [{"metric": m} for m in ("acc", "acc_norm", "acc_mutual_info")]
+    task = load(test=DOCS[:4], metric_list=metric_list)   # golds x, yy, x, yy
+    logprob = lambda a, b: {"x": -2.0, "y": -2.9}[b[1]] if a else {"x": -2.0, "y": -9.0}[b[1]]
+    lm = Oracle(logprob)
+    metrics, samples = requests.evaluate(lm, task)
+    # x is likelier, yy by character (-2.9 / 3 > -2 / 2; not with the space counted), and yy gains 6.1 by the question.
+    assert metrics["acc,none"] == 0.5 and metrics["acc_norm,none"] == 0.5 and metrics["acc_mutual_info,none"] == 0.5
+    assert [s["acc_mutual_info"] for s in samples] == [0, 1, 0, 1] and [s["acc"] for s in samples] == [1, 0, 1, 0]
+    assert [s["acc_norm"] for s in samples] == [0, 1, 0, 1]
+    assert metrics["acc_stderr,none"] == pytest.approx(math.sqrt(4 * 0.25 / 3) / 2)
+    assert metrics["documents"] == 4 and metrics["truncated_contexts"] == 0
+    assert samples[1]["resps"] == [(-2.0, False), (-2.9, False), (-2.0, False), (-9.0, False)]
+    assert samples[1]["target"] == 1 and samples[1]["doc"] == DOCS[1] and samples[1]["filter"] == "none"
+    assert len(lm.asked) == len(set(lm.asked)) == 16   # of four questions, two choices, with and without question
+    two = [DOCS[0], DOCS[0]]
+    again = Oracle(logprob)
+    assert requests.evaluate(again, load(test=two)).metrics["documents"] == 2 and len(again.asked) == 2   # asked once
+
+
+def test_loglikelihood_and_rolling_by_hand(load):
+    task = load(output_type="loglikelihood", doc_to_choice=None, doc_to_target=" {{a}}", test=DOCS[:2])
+    lm = Oracle(lambda a, b: {" a0": -0.5, " a1": -1.5}[b])   # greedy above -1
+    metrics, _ = requests.evaluate(lm, task, bootstrap_iters=1000)
+    assert lm.asked == [("Q: q0\nA:", " a0"), ("Q: q1\nA:", " a1")]   # no delimiter is added
+    assert metrics["perplexity,none"] == pytest.approx(math.exp(1)) and metrics["acc,none"] == 0.5
+    assert "perplexity_stderr,none" in metrics
+    task = load(output_type="loglikelihood_rolling", doc_to_choice=None, doc_to_text="", doc_to_target="{{q}} {{a}}",
+                test=DOCS[:2])
+    metrics, samples = requests.evaluate(Oracle(lambda a, b: -5.0), task)
+    assert metrics["word_perplexity,none"] == pytest.approx(math.exp(10 / 4))
+    assert metrics["bits_per_byte,none"] == pytest.approx(10 / 10 / math.log(2))
+    assert "bits_per_byte_stderr,none" not in metrics
+    assert samples[0]["arguments"] == ["q0 a0"] and samples[0]["byte_perplexity"] == (-5.0, 5)
+
+
+def test_generation_stops_filters_and_judges(load):
+    steps = [{"function": "regex", "regex_pattern": r"(\w\d)"}, {"function": "majority_vote"},
+             {"function": "take_first"}]
+    task = load(**GENERATE, test=DOCS[:2], repeats=3,
+                generation_kwargs={"until": ["\n\n", "stop"], "max_gen_toks": 9, "temperature": 0.5, "do_sample": True},
+                filter_list=[{"name": "vote", "filter": steps}, {"name": "raw", "filter": steps[-1:]}])
+    answers = ["a9", "is a0 stop a8", "so a0\n\na8",   "a1", "a2", "a2"]
+    lm = Oracle(answer=lambda prompt, i: answers[i])
+    metrics, samples = requests.evaluate(lm, task)
+    assert lm.asked == ["Q: q0\nA:"] * 3 + ["Q: q1\nA:"] * 3
+    assert (lm.options["max_new_tokens"], lm.options["temperature"]) == (9, 0.5)
+    assert samples[0]["resps"] == ["a9", "is a0 ", "so a0"] and samples[0]["filtered_resps"] == "a0"
+    assert metrics["exact_match,vote"] == 0.5 and metrics["exact_match,raw"] == 0.5   # a0, a2; a9, a1
+    assert [s["exact_match"] for s in samples] == [1, 0, 0, 1]
+
+
+def test_several_right_answers(load):
+    task = load(**GENERATE | {"doc_to_target": "options"}, test=DOCS[:2])
+    metrics, _ = requests.evaluate(Oracle(answer=lambda prompt, i: ["yy0", "x0"][i]), task)
+    assert metrics["exact_match,none"] == 0.5
+    task = load(doc_to_target="{{[0, 1]}}", test=DOCS[:2])
+    assert requests.evaluate(Oracle(), task).metrics["acc,none"] == 1.0
+    with pytest.raises(UserError, match="acc_mutual_info needs one right choice"):
+        list(requests.questions(load(doc_to_target="{{[0, 1]}}", metric_list=[{"metric": "acc_mutual_info"}])))
+
+
+def test_cut_contexts_are_counted(load):
+    """A byte is a token: 'Q: q0' + 'A:' + ' x0' is 11 of them, ' yy0' 12; the last is only predicted."""
+    for room, cut in ((11, 0), (10, 6), (9, 12)):
+        assert requests.evaluate(Oracle(max_seq_len=room), load()).metrics["truncated_contexts"] == cut
+    with pytest.raises(UserError, match="max_gen_toks 256 leaves no room for a question in the model's context of 256"):
+        requests.evaluate(Oracle(max_seq_len=256), load(**GENERATE))
+    with pytest.raises(UserError, match="prompt of document 0 has 8 tokens, and the model's context leaves 3 beside"):
+        requests.evaluate(Oracle(max_seq_len=260), load(**GENERATE))
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"doc_to_target": "{{7}}"}, "the answer 7 of document 0 of .*test.jsonl is none of its choices"),
+    ({"doc_to_target": "a"}, "the answer 'a0' of document 0"),
+    ({"output_type": "loglikelihood", "doc_to_choice": None, "doc_to_target": "label"}, "it must be a text"),
+    ({**GENERATE, "doc_to_target": "label", "num_fewshot": 1}, "doc_to_target gives . for the shot"),
+    ({"doc_to_text": "{% if label == 0 %}1{% else %}x{% endif %}"}, "'x' of document 1"),
+])
+def test_refused_with_the_document(fields, message, load):
+    with pytest.raises(UserError, match="t.yaml: .*" + message):
+        list(requests.questions(load(**fields)))
