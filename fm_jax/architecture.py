@@ -125,8 +125,9 @@ class Architecture:
         known = ROPE_SCALINGS.get(scaling, {})
         for key, value in self.rope_scaling.items():
             choose(key, ("type", *known), "model.rope_scaling")
-            _require(key == "type" or type(value) in (int, float) and 0 <= value < float("inf") and (value or not known[key]),
-                     f"rope_scaling.{key}", value, "must be a positive number")
+            number = type(value) in (int, float) and 0 <= value < float("inf")
+            _require(key == "type" or number and (value or not known[key]), f"rope_scaling.{key}", value,
+                     "must be a positive number")
 
     @property
     def groups(self) -> int:

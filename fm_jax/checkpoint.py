@@ -315,8 +315,9 @@ def start(folder, config: ml_collections.ConfigDict, abstract, init, *, axes=Non
         state = state.replace(params=tree.map_named(lambda n, p: read.get(n, p), state.params))
         if state.ema is not None:   # copies: a donated buffer must not be in the state twice
             state = state.replace(ema=tree.map_named(lambda n, p: jnp.copy(read[n]) if n in read else p, state.ema))
-        return state, 0, (f"step 0 with {len(read)} of {len(chosen)} parameters from step {step} of {options.init_from} "
-                          f"(checkpoint.init_from), the others fresh{note}")
+        line = (f"step 0 with {len(read)} of {len(chosen)} parameters from step {step} of {options.init_from} "
+                f"(checkpoint.init_from), the others fresh{note}")
+        return state, 0, line
     return init(), 0, f"fresh start, seed {config.seed}"
 
 

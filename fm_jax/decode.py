@@ -1,6 +1,6 @@
 """Tokens one after another: prefill, steps over a batch of slots, sampling. Pure functions, no I/O. Layer 3.
 
-`complete` and `generate` answer a list of prompts. What a server needs is below them: `prefill` reads prompts of one
+`complete` answers a list of prompts. What a server needs is below them: `prefill` reads prompts of one
 length bucket, `begin` draws their first tokens, `insert` puts such a row into a slot of a running batch, `steps` adds
 tokens to all slots that are in use. What a row samples depends on its own seed and place alone, never on its slot or
 on the other rows.
@@ -396,11 +396,6 @@ def complete(objective, params, prompts: list[np.ndarray], *, max_new_tokens: in
     of_row = lambda x, i: None if x is None else x[drawn.real[:, i], i][: len(made[i])]
     return [Completion(np.array(row, np.int32), how, *(of_row(x, i) for x in drawn[2:]))
             for i, (row, how) in enumerate(zip(made, finish))]
-
-
-def generate(objective, params, prompts, **request) -> list[np.ndarray]:
-    """Returns the tokens alone of what `complete` returns for the same arguments, int32 [<= max_new_tokens] each."""
-    return [made.tokens for made in complete(objective, params, prompts, **request)]
 
 
 def find_stop(text: str, stop_strings) -> tuple[int, bool]:

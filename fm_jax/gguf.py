@@ -12,6 +12,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
+from fm_jax import tokenizer as tokenizers
 from fm_jax.errors import UserError, choose
 
 # Settings of architecture "llama": their names after "llama." and those of LlamaConfig.
@@ -101,14 +102,10 @@ def _tokenizer(reader, path):
     if f.get("add_bos_token") or f.get("add_eos_token"):
         raise UserError(f"{path}: its tokenizer adds tokens around every text, which is not read here")
     # Types: 1 normal, 3 control, 4 user-defined; the latter two are never cut.
-    added = [{"id": i, "content": piece, "special": kind == 3, "normalized": False, "single_word": False,
-              "lstrip": False, "rstrip": False}
-             for i, (piece, kind) in enumerate(zip(f["tokens"], f["token_type"])) if kind in (3, 4)]
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-             "vocab": {piece: i for i, piece in enumerate(f["tokens"])}, "merges": [m.split(" ") for m in f["merges"]]}
-    content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-               "pre_tokenizer": before, "post_processor": None, "decoder": _BYTE_LEVEL, "model": model}
+    added = {i: piece for i, (piece, kind) in enumerate(zip(f["tokens"], f["token_type"])) if kind in (3, 4)}
+    vocab, merges = {piece: i for i, piece in enumerate(f["tokens"])}, [m.split(" ") for m in f["merges"]]
+    content = tokenizers.bpe_json(vocab, merges, added, plain=[i for i in added if f["token_type"][i] == 4],
+                                  pre_tokenizer=before, decoder=_BYTE_LEVEL)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": fields["llama.context_length"]}
     for which, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         if f"{name}_token_id" in f:

@@ -673,14 +673,11 @@ def _save_tokenizer(folder, tokenizer):
 
 def _bytes_json(tokenizer):
     """Returns the tokenizer.json that gives the ids of `tokenizer.ByteTokenizer`: byte-level BPE without merges."""
-    alphabet = {chr(b): b for b in (*range(33, 127), *range(161, 173), *range(174, 256))}   # stand for themselves
-    others = (b for b in range(256) if b not in alphabet.values())
-    alphabet |= {chr(256 + i): b for i, b in enumerate(list(others))}
     special = dict(zip((tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, *tokenizer.fim_ids),
                        ("<s>", "</s>", "<pad>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>")))
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    vocab = alphabet | {name: i for i, name in special.items()}
-    return _bpe_json(vocab, [], special, pre_tokenizer=level, decoder=level)
+    vocab = tokenizers.byte_level_alphabet() | {name: i for i, name in special.items()}
+    return tokenizers.bpe_json(vocab, [], special, pre_tokenizer=level, decoder=level)
 
 
 def _sentencepiece_json(model: bytes):
@@ -704,20 +701,9 @@ def _sentencepiece_json(model: bytes):
     special = {i: p.piece for i, p in enumerate(proto.pieces) if p.type in (p.CONTROL, p.UNKNOWN)}
     bar = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
     space = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
-    return _bpe_json(vocab, [m[3:] for m in sorted(merges)], special, normalizer=bar, decoder={
+    return tokenizers.bpe_json(vocab, [m[3:] for m in sorted(merges)], special, normalizer=bar, decoder={
         "type": "Sequence", "decoders": [space, {"type": "ByteFallback"}, {"type": "Fuse"}]},
         unk_token=proto.pieces[trained.unk_id].piece, byte_fallback=True)
-
-
-def _bpe_json(vocab, merges, special, *, normalizer=None, pre_tokenizer=None, decoder, unk_token=None,
-              byte_fallback=False):
-    added = [{"id": i, "content": name, "special": True, "normalized": False, "single_word": False, "lstrip": False,
-              "rstrip": False} for i, name in sorted(special.items())]
-    model = {"type": "BPE", "dropout": None, "unk_token": unk_token, "continuing_subword_prefix": None,
-             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": byte_fallback, "ignore_merges": False,
-             "vocab": vocab, "merges": merges}
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": normalizer,
-            "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder, "model": model}
 
 
 def _json(path):

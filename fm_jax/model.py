@@ -358,8 +358,8 @@ class Transformer(nn.Module):
             if context_BSD is None:
                 raise UserError("a stack with model.cross_attention needs context_BSD, the output of an encoder")
             if segment_ids_BT is not None and context_segment_ids_BS is None:
-                raise UserError("packed segments in a stack with model.cross_attention need context_segment_ids_BS, which "
-                                "say where each segment's source is")
+                raise UserError("packed segments in a stack with model.cross_attention need context_segment_ids_BS, "
+                                "which say where each segment's source is")
             context_mask = kernels.Mask(False, 0, segment_ids_BT, context_segment_ids_BS)
             if segment_ids_BT is None and context_segment_ids_BS is not None:   # unpacked: only hide the padding
                 context_mask = context_mask._replace(q_segments_BT=jnp.ones((B, T), context_segment_ids_BS.dtype))

@@ -230,7 +230,7 @@ class HuggingFaceTokenizer(Tokenizer):
         added = {t["id"] for t in self._json.get("added_tokens", [])}
         byte_level = '"ByteLevel"' in json.dumps([self._json.get("pre_tokenizer"), self._json.get("decoder")])
         prefix = self._json["model"].get("continuing_subword_prefix") or ""
-        alphabet = _byte_level_alphabet()
+        alphabet = byte_level_alphabet()
         out = [b""] * self.vocab_size
         for piece, i in self._ids.items():
             if i in special:
@@ -373,7 +373,7 @@ def _find_fim(id_of):
     return None
 
 
-def _byte_level_alphabet():
+def byte_level_alphabet():
     """Returns the byte of each character of GPT-2's byte-level alphabet.
 
     Source: `bytes_to_unicode` of openai/gpt-2 `encoder.py`: printable bytes stand for themselves,
@@ -382,6 +382,22 @@ def _byte_level_alphabet():
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+def bpe_json(vocab: dict[str, int], merges: list, added: dict[int, str], *, decoder, plain=(), normalizer=None,
+             pre_tokenizer=None, unk_token=None, byte_fallback=False) -> dict:
+    """Returns the contents of the tokenizer.json of a BPE.
+
+    added: the tokens that are found in a text before it is cut; special but for the ids `plain`. The rest is as in
+    the format of the tokenizers library.
+    """
+    tokens = [{"id": i, "content": piece, "special": i not in plain, "normalized": False, "single_word": False,
+               "lstrip": False, "rstrip": False} for i, piece in sorted(added.items())]
+    model = {"type": "BPE", "dropout": None, "unk_token": unk_token, "continuing_subword_prefix": None,
+             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": byte_fallback, "ignore_merges": False,
+             "vocab": vocab, "merges": merges}
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": tokens, "normalizer": normalizer,
+            "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder, "model": model}
 
 
 def _listing(folder, near=""):

@@ -367,8 +367,13 @@ def test_evaluate_goes_on_where_it_stopped(inline, run, task_file, monkeypatch):
     assert evaluate("--num_fewshot=1")[0] == 0 and asked == ["perplexity", "score", "score"]
     assert (folder / "next_letter_1shot_limit1.json").exists()
     lm = fm_jax.load(run, step=12)
-    changed = jax.tree.map(lambda x: x + 1, lm.params)
-    assert evaluate_module.parameters_mark(lm.params) != evaluate_module.parameters_mark(changed)
+    # Any single number, anywhere; and on any mesh the same.
+    mark, leaves = evaluate_module.parameters_mark(lm.params), jax.tree.leaves(lm.params)
+    for i, leaf in enumerate(leaves):
+        at = tuple(size // 2 for size in leaf.shape)
+        changed = [*leaves[:i], leaf.at[at].add(0.001), *leaves[i + 1 :]]
+        assert evaluate_module.parameters_mark(changed) != mark
+    assert evaluate_module.parameters_mark(fm_jax.load(run, step=12, mesh={"fsdp": 4, "tensor": 2}).params) == mark
 
 
 def test_evaluate_takes_patterns(inline, run):

@@ -45,8 +45,13 @@ def prompts(*lengths):
     return [rng.integers(0, VOCAB, n) for n in lengths]
 
 
+def generate(*model_and_prompts, **request):
+    """Returns the tokens alone of what `complete` returns."""
+    return [made.tokens for made in decode.complete(*model_and_prompts, **request)]
+
+
 def test_greedy_equals_a_loop_over_full_forward_passes(model, full_logits):
-    made = decode.generate(*model, prompts(1, 17, 5, 20), max_new_tokens=12)
+    made = generate(*model, prompts(1, 17, 5, 20), max_new_tokens=12)
     for prompt, tokens in zip(prompts(1, 17, 5, 20), made):
         ids = list(prompt)
         for token in tokens:
@@ -58,8 +63,8 @@ def test_greedy_equals_a_loop_over_full_forward_passes(model, full_logits):
 
 def test_a_cut_out_layer_computes_the_same(model):
     objective, params = model
-    want = decode.generate(objective, params, prompts(3, 9), max_new_tokens=8)
-    got = decode.generate(objective, decode.per_layer(params), prompts(3, 9), max_new_tokens=8)
+    want = generate(objective, params, prompts(3, 9), max_new_tokens=8)
+    got = generate(objective, decode.per_layer(params), prompts(3, 9), max_new_tokens=8)
     np.testing.assert_array_equal(got, want)
 
 
@@ -67,16 +72,16 @@ def test_a_row_depends_on_its_prompt_and_seed_alone(model):
     """Prompts of other lengths beside it change the padding, the cache's length and the compiled program."""
     sampling = decode.Sampling(1.5, 20, 0.95)
     texts, seeds = prompts(4, 19, 7), np.array([5, 2**32 - 1, 5])
-    together = decode.generate(*model, texts, max_new_tokens=10, sampling=sampling, seeds=seeds)
+    together = generate(*model, texts, max_new_tokens=10, sampling=sampling, seeds=seeds)
     for i in (0, 2):   # the long one shares its shapes with the three together
-        alone, = decode.generate(*model, texts[i : i + 1], max_new_tokens=10, sampling=sampling, seeds=seeds[i : i + 1])
+        alone, = generate(*model, texts[i : i + 1], max_new_tokens=10, sampling=sampling, seeds=seeds[i : i + 1])
         np.testing.assert_array_equal(alone, together[i])
-    backwards = decode.generate(*model, texts[::-1], max_new_tokens=10, sampling=sampling, seeds=seeds[::-1])
+    backwards = generate(*model, texts[::-1], max_new_tokens=10, sampling=sampling, seeds=seeds[::-1])
     np.testing.assert_array_equal(backwards[::-1], together)
 
 
 def test_seeds_and_places_draw_independently(model):
-    same = decode.generate(*model, [prompts(19)[0]] * 3, max_new_tokens=10, sampling=decode.Sampling(1.5, 20, 0.95))
+    same = generate(*model, [prompts(19)[0]] * 3, max_new_tokens=10, sampling=decode.Sampling(1.5, 20, 0.95))
     assert (same[0] != same[1]).any() and (same[1] != same[2]).any()   # seeds 0, 1, 2
     flat = jnp.zeros((2000, VOCAB))
     draw = lambda seeds, places: np.asarray(
@@ -191,9 +196,9 @@ def test_ids_that_the_tokenizer_lacks_are_never_drawn():
 
 
 def test_a_stop_token_ends_its_row_and_no_other(model):
-    free = decode.generate(*model, prompts(4, 9, 6), max_new_tokens=12)
+    free = generate(*model, prompts(4, 9, 6), max_new_tokens=12)
     stop = int(free[0][5])
-    stopped = decode.generate(*model, prompts(4, 9, 6), max_new_tokens=12, stop_ids=(stop,))
+    stopped = generate(*model, prompts(4, 9, 6), max_new_tokens=12, stop_ids=(stop,))
     for row, cut in zip(free, stopped):
         at = np.flatnonzero(row == stop)
         np.testing.assert_array_equal(cut, row[: at[0]] if len(at) else row)
@@ -202,10 +207,10 @@ def test_a_stop_token_ends_its_row_and_no_other(model):
 
 def test_a_prompt_longer_than_the_context_is_cut_at_its_left(model):
     long, = prompts(100)
-    want = decode.generate(*model, [long[-(CONTEXT - 6):]], max_new_tokens=6)
-    np.testing.assert_array_equal(decode.generate(*model, [long], max_new_tokens=6), want)
-    full = decode.generate(*model, [long], max_new_tokens=CONTEXT - 1)   # one token of prompt remains
-    np.testing.assert_array_equal(full, decode.generate(*model, [long[-1:]], max_new_tokens=CONTEXT - 1))
+    want = generate(*model, [long[-(CONTEXT - 6):]], max_new_tokens=6)
+    np.testing.assert_array_equal(generate(*model, [long], max_new_tokens=6), want)
+    full = generate(*model, [long], max_new_tokens=CONTEXT - 1)   # one token of prompt remains
+    np.testing.assert_array_equal(full, generate(*model, [long[-1:]], max_new_tokens=CONTEXT - 1))
 
 
 @pytest.mark.parametrize("texts, tokens, message", [
@@ -213,7 +218,7 @@ def test_a_prompt_longer_than_the_context_is_cut_at_its_left(model):
     ([np.zeros(0, int)], 4, "an empty prompt")])
 def test_errors(model, texts, tokens, message):
     with pytest.raises(UserError, match=message):
-        decode.generate(*model, texts, max_new_tokens=tokens)
+        generate(*model, texts, max_new_tokens=tokens)
 
 
 # --- what comes back with the tokens --------------------------------------------------------------------------------
@@ -240,7 +245,7 @@ def test_log_probabilities_are_the_models_own(model, full_logits):
 
 def test_penalty_counts_prompt_and_continuation(model, full_logits):
     """Greedy with a penalty, against a loop over full forward passes; a strong one never repeats."""
-    made, = decode.generate(*model, prompts(6), max_new_tokens=10, sampling=decode.Sampling(repetition_penalty=1.3))
+    made, = generate(*model, prompts(6), max_new_tokens=10, sampling=decode.Sampling(repetition_penalty=1.3))
     ids = list(prompts(6)[0])
     for token in made:
         logits = full_logits(ids).astype(np.float64)
@@ -248,9 +253,9 @@ def test_penalty_counts_prompt_and_continuation(model, full_logits):
             logits[i] = logits[i] / 1.3 if logits[i] > 0 else logits[i] * 1.3
         assert token == logits.argmax()
         ids.append(token)
-    free, = decode.generate(*model, prompts(6), max_new_tokens=10)
+    free, = generate(*model, prompts(6), max_new_tokens=10)
     assert free.tolist() != made.tolist()
-    strong, = decode.generate(*model, prompts(6), max_new_tokens=20, sampling=decode.Sampling(repetition_penalty=1e6))
+    strong, = generate(*model, prompts(6), max_new_tokens=20, sampling=decode.Sampling(repetition_penalty=1e6))
     assert len(set(strong)) == 20
 
 
@@ -259,7 +264,7 @@ def test_several_samples_of_a_prompt_equal_the_prompt_several_times(model):
     together = decode.complete(*model, prompts(4, 9), max_new_tokens=8, sampling=sampling, n=3, seeds=range(10, 16))
     for i, prompt in enumerate(prompts(4, 9)):
         own = decode.Sampling(sampling.temperature[i], top_p=0.95, repetition_penalty=sampling.repetition_penalty[i])
-        alone = decode.generate(*model, [prompt] * 3, max_new_tokens=8, sampling=own,
+        alone = generate(*model, [prompt] * 3, max_new_tokens=8, sampling=own,
                                 seeds=range(10 + 3 * i, 13 + 3 * i))
         np.testing.assert_array_equal([made.tokens for made in together[3 * i : 3 * i + 3]], alone)
 
@@ -268,7 +273,7 @@ def test_several_samples_of_a_prompt_equal_the_prompt_several_times(model):
 def test_steps_of_a_dispatch_change_nothing(model, k):
     """Tokens, log-probabilities, stop tokens, what `stopped` ends, and why each row ended."""
     texts, sampling = prompts(4, 9, 19, 6), decode.Sampling(np.array([0.0, 1.2, 0.9, 0.0]), top_p=0.9)
-    free = decode.generate(*model, texts, max_new_tokens=12, sampling=sampling)
+    free = generate(*model, texts, max_new_tokens=12, sampling=sampling)
     request = dict(max_new_tokens=12, sampling=sampling, logprobs=2, stop_ids=(int(free[0][4]), int(free[1][11])),
                    stopped=lambda row, tokens: row == 2 and bytes(free[2][6:8].tolist()) in bytes(tokens))
     one = decode.complete(*model, texts, **request)
@@ -301,7 +306,7 @@ def test_requests_that_join_and_leave_give_the_tokens_of_each_alone(model):
                 decode.Sampling(0.8, 0, 0.9, min_p=0.02), decode.Sampling(repetition_penalty=1.5),
                 decode.Sampling(1.2, 20, repetition_penalty=0.8)]
     limits, stops = [11, 3, 1, 9, 12, 7, 10], [(), (5,), (), (), (1, 2, 3), (), (9,)]
-    alone = [decode.generate(objective, params, [text], max_new_tokens=limit, sampling=sampling, seeds=[50 + i],
+    alone = [generate(objective, params, [text], max_new_tokens=limit, sampling=sampling, seeds=[50 + i],
                              stop_ids=stop)[0]
              for i, (text, sampling, limit, stop) in enumerate(zip(texts, settings, limits, stops))]
 
@@ -380,7 +385,7 @@ def test_beams_enough_for_everything_find_the_best(penalty):
 
 
 def test_one_beam_is_greedy_and_prompts_do_not_mix(model):
-    greedy = decode.generate(*model, prompts(4, 19, 7), max_new_tokens=9)
+    greedy = generate(*model, prompts(4, 19, 7), max_new_tokens=9)
     one = decode.beam_search(*model, prompts(4, 19, 7), max_new_tokens=9, num_beams=1)
     np.testing.assert_array_equal([beam.tokens for beam, in one], greedy)
     together = decode.beam_search(*model, prompts(4, 19, 7), max_new_tokens=9, num_beams=3, stop_ids=(2, 11))
@@ -425,7 +430,7 @@ def test_a_draft_that_agrees_saves_passes():
 def test_speculation_draws_from_the_same_distribution(sampling):
     """20,000 continuations of 3 tokens against the exact probability of each of the 125, enumerated."""
     model, (_, draft), prompt, n = tiny(5, 2), tiny(5, 3), [1, 4, 2], 20_000
-    made = decode.generate(*model, [prompt], max_new_tokens=3, sampling=sampling, n=n, draft=(model[0], draft),
+    made = generate(*model, [prompt], max_new_tokens=3, sampling=sampling, n=n, draft=(model[0], draft),
                            steps_per_dispatch=2)
     ways = continuations(*model, prompt, 3)
     probs = np.array([np.prod([reference(row, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)[t]
@@ -443,7 +448,7 @@ def test_speculation_draws_from_the_same_distribution(sampling):
 
 def test_a_draft_of_another_vocabulary_is_refused(model):
     with pytest.raises(UserError, match="the draft model has vocab_size=5, the model 64"):
-        decode.generate(*model, prompts(3), max_new_tokens=2, draft=tiny(5, 0))
+        generate(*model, prompts(3), max_new_tokens=2, draft=tiny(5, 0))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -456,8 +461,8 @@ def test_sampling_outside_its_range_is_refused(model, bad):
     (name, value), = bad.items()
     for texts in (prompts(3), []):
         with pytest.raises(UserError, match=f"{name}={value} must be"):
-            decode.generate(*model, texts, max_new_tokens=4, sampling=decode.Sampling(**{"temperature": 1.0, **bad}))
+            generate(*model, texts, max_new_tokens=4, sampling=decode.Sampling(**{"temperature": 1.0, **bad}))
 
 
 def test_no_prompts_give_no_texts(model):
-    assert decode.generate(*model, [], max_new_tokens=4) == []
+    assert generate(*model, [], max_new_tokens=4) == []

@@ -140,8 +140,8 @@ def _check_held_out(train, held_out):
     for ours, _ in train:
         for theirs, _ in held_out:
             if shared := trained_and_held_out(ours, theirs):
-                raise UserError(f"{shared} documents that {theirs} holds out are trained on in {ours}: prepare them with "
-                                f"the same --validation_frac")
+                raise UserError(f"{shared} documents that {theirs} holds out are trained on in {ours}: prepare them "
+                                f"with the same --validation_frac")
 
 
 def _check_tokenizers(config, rows):
