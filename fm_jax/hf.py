@@ -641,8 +641,8 @@ def read_tokenizer(folder: Folder) -> tokenizers.Tokenizer:
         # A token that is null there is one the tokenizer does without.
         if f"{which}_token" not in settings and found:
             settings[f"{which}_token"] = found
-    if (path / "chat_template.jinja").is_file():
-        settings["chat_template"] = (path / "chat_template.jinja").read_text(encoding="utf-8")
+    if (path / tokenizers.CHAT_TEMPLATE).is_file():
+        settings["chat_template"] = tokenizer.chat_template
     if settings == before:
         return tokenizer
     return tokenizers.HuggingFaceTokenizer(content, json.dumps(settings, ensure_ascii=False).encode(), str(path))
@@ -668,13 +668,12 @@ def _save_tokenizer(folder, tokenizer):
     # Without a class, transformers takes that of the model's family and its rules instead of the file's.
     settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     _write_json(path, settings)
-    return "tokenizer: tokenizer.json" + (", with its chat template" if settings.get("chat_template") else "")
+    return "tokenizer: tokenizer.json" + (", with its chat template" if tokenizer.chat_template else "")
 
 
 def _bytes_json(tokenizer):
     """Returns the tokenizer.json that gives the ids of `tokenizer.ByteTokenizer`: byte-level BPE without merges."""
-    special = dict(zip((tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, *tokenizer.fim_ids),
-                       ("<s>", "</s>", "<pad>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>")))
+    special = {i: name for name, i in tokenizer.specials.items()}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     vocab = tokenizers.byte_level_alphabet() | {name: i for i, name in special.items()}
     return tokenizers.bpe_json(vocab, [], special, pre_tokenizer=level, decoder=level)

@@ -1,4 +1,4 @@
-"""Text to token ids and back: SentencePiece, Hugging Face tokenizer.json, raw UTF-8 bytes.
+"""Text to token ids and back: SentencePiece, Hugging Face tokenizer.json, raw UTF-8 bytes; chats to text.
 
 Layer 1, free of jax. Special tokens have one home here: what is beginning, end, padding and
 fill-in-the-middle in a tokenizer file is decided by its class below and nowhere else.
@@ -6,7 +6,9 @@ fill-in-the-middle in a tokenizer file is decided by its class below and nowhere
 Try:  python -c "from fm_jax import tokenizer; print(tokenizer.load('bytes').encode('Hi', bos=True))"
 """
 
+import datetime
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -33,13 +35,16 @@ _HF_NAMES = {    # tried in this order where no tokenizer_config.json names them
 class Tokenizer:
     """Text to ids and back; the subclasses are the three kinds of file `load` reads.
 
-    Text given to `encode` never becomes a special token, whatever it spells: special ids enter by
-    `bos`, `eos` or by id. `decode` gives specials no text.
+    Text given to `encode` never becomes a special token, whatever it spells, unless `special` says so: special ids
+    enter by `bos`, `eos` or by id. `decode` gives specials no text.
 
     Attributes:
       vocab_size: ids are in [0, vocab_size).
       bos_id, eos_id, pad_id: int, or None where the tokenizer has no such token.
       fim_ids: (prefix, suffix, middle) of fill-in-the-middle, or None.
+      specials: {spelling: id} of the special tokens.
+      adds_bos: other libraries that read this file put the beginning token before every text.
+      chat_template: Jinja2 source that makes a text of a chat, or None.
       fingerprint: sha256 of the files that define the tokenizer; equal fingerprint, equal ids.
     """
 
@@ -48,15 +53,20 @@ class Tokenizer:
     eos_id: int | None = None
     pad_id: int | None = None
     fim_ids: tuple[int, int, int] | None = None
+    specials: dict[str, int]
+    adds_bos: bool = False
+    chat_template: str | None = None
     fingerprint: str
 
-    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> np.ndarray:
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False, special: bool = False) -> np.ndarray:
         """Returns the ids of `text`, int32 [n], with the beginning and end tokens asked for."""
         before, after = self._end("bos", bos), self._end("eos", eos)
-        return np.concatenate([before, self.encode_batch([text])[0], after])
+        return np.concatenate([before, self.encode_batch([text], special=special)[0], after])
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Returns the ids of each text, int32 [n], without special tokens.
+    def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[np.ndarray]:
+        """Returns the ids of each text, int32 [n], without ends.
+
+        special: a special token that a text spells becomes that token, as in what `chat` returns.
 
         Raises:
           UserError: a text holds a lone surrogate, which UTF-8 cannot express.
@@ -65,7 +75,40 @@ class Tokenizer:
             if found := _SURROGATE.search(text):
                 raise UserError(f"text has the lone surrogate U+{ord(found[0]):04X} at character {found.start()}, "
                                 f"which is no Unicode text: repair the source")
-        return self._encode(texts)
+        return self._encode_special(texts) if special else self._encode(texts)
+
+    def chat(self, messages: Sequence[dict], *, add_generation_prompt: bool = True,
+             continue_final_message: bool = False) -> str:
+        """Returns the text of a chat by the tokenizer's template, for `encode(..., special=True)`.
+
+        Args:
+          messages: {"role": "system", "user" or "assistant", "content": text}, in order.
+          add_generation_prompt: end with what opens the assistant's answer.
+          continue_final_message: end inside the last message instead, for the model to go on with it.
+
+        Raises:
+          UserError: no template, a message without role or text, or a chat that the template refuses.
+        """
+        if self.chat_template is None:
+            raise UserError("this tokenizer has no chat template: put one into its folder as chat_template.jinja, or "
+                            "prompt it with plain text")
+        for message in messages:
+            if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+                raise UserError(f"a chat's message needs a text as role and as content, got {message!r:.80}")
+        if not messages or continue_final_message and add_generation_prompt:
+            raise UserError("a chat needs a message" if not messages else
+                            "continue_final_message goes on in a message, add_generation_prompt after it: one of them")
+        spellings = {i: name for name, i in self.specials.items()}
+        named = {f"{w}_token": spellings.get(getattr(self, f"{w}_id"), "") for w in ("bos", "eos", "pad")}
+        text = _render_chat(self.chat_template, messages=list(messages), add_generation_prompt=add_generation_prompt,
+                            **named)
+        if not continue_final_message:
+            return text
+        last = messages[-1]["content"].strip()
+        if (at := text.rfind(last)) < 0:
+            raise UserError(f"the chat template changes the message that is to be continued: {last[:60]!r}")
+        kept = messages[-1]["content"].lstrip()   # its own white space at the end stays, where the template leaves it
+        return text[: at + len(kept if text.startswith(kept, at) else last)]
 
     def decode(self, ids) -> str:
         """Returns the text of `ids`; special tokens are left out, broken UTF-8 becomes U+FFFD.
@@ -100,6 +143,16 @@ class Tokenizer:
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in self._files().items():
             Path(folder, name).write_bytes(content)
+        if self.chat_template is not None:
+            Path(folder, CHAT_TEMPLATE).write_text(self.chat_template, encoding="utf-8")
+
+    def _encode_special(self, texts):
+        split = re.compile(f"({'|'.join(map(re.escape, sorted(self.specials, key=len, reverse=True)))})")
+        # Every other part is a special token.
+        parts = [split.split(text) if self.specials else [text] for text in texts]
+        plain = iter(self._encode([part for each in parts for part in each[::2]]))
+        return [np.concatenate([np.array([self.specials[part]], np.int32) if i % 2 else next(plain)
+                                for i, part in enumerate(each)]) for each in parts]
 
     def _end(self, which, wanted):
         if not wanted:
@@ -119,6 +172,34 @@ class Tokenizer:
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+CHAT_TEMPLATE = "chat_template.jinja"   # the file of a tokenizer's folder, as transformers names it
+
+
+def _render_chat(template, **values) -> str:
+    """Returns the text. Templates come with published weights: they are run in a sandbox."""
+    import jinja2
+
+    try:
+        return _chat_environment().from_string(template).render(**values)
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise UserError(f"the chat template refuses this chat: {error}") from error
+
+
+@functools.cache
+def _chat_environment():
+    """Returns what templates expect of transformers: blocks without their line ends, and three functions."""
+    import jinja2
+    import jinja2.sandbox
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                               extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = lambda x, indent=None, **_: json.dumps(x, ensure_ascii=False, indent=indent)
+    environment.globals |= {"raise_exception": raise_exception,
+                            "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
+    return environment
 
 
 class ByteTokenizer(Tokenizer):
@@ -129,6 +210,7 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 262
 
     def __init__(self):
+        self.specials = dict(zip(("<s>", "</s>", "<pad>", *_FIM_NAMES[0]), range(256, 262)))
         self.fingerprint = _sha256(self._files())
 
     def token_text_bytes(self):
@@ -158,6 +240,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id, self.eos_id, self.pad_id = (
             i if i >= 0 else None for i in (self._sp.bos_id(), self._sp.eos_id(), self._sp.pad_id()))
         self.fim_ids = _find_fim(self._id)
+        self.specials = {self._sp.id_to_piece(i): i for i in range(self.vocab_size)
+                         if self._sp.is_control(i) or self._sp.is_unknown(i)}
         self.fingerprint = _sha256(self._files())
         # SentencePiece spells a space as U+2581, so that a U+2581 of the text itself would come back as
         # a space. Where the model has bytes, it is spelt with those instead.
@@ -223,10 +307,25 @@ class HuggingFaceTokenizer(Tokenizer):
             names = (token,) if token else () if config else names
             setattr(self, f"{which}_id", next((self._ids[n] for n in names if n in self._ids), None))
         self.fim_ids = _find_fim(self._ids.get)
+        self.specials = {t["content"]: t["id"] for t in self._json.get("added_tokens", []) if t["special"]}
+        self.adds_bos = self.bos_id is not None and config.get("add_bos_token", self._begins_with_bos())
+        templates = config.get("chat_template")
+        if isinstance(templates, list):   # several, for chats with and without tools
+            templates = {each["name"]: each["template"] for each in templates}.get("default")
+        self.chat_template = templates
         self.fingerprint = _sha256(self._files())
 
+    def _begins_with_bos(self):
+        """Returns whether the file's post-processor puts BOS before a text."""
+        processor = self._json.get("post_processor") or {}
+        for step in processor.get("processors", [processor]):
+            for piece in step.get("single", [])[:1]:
+                if self._ids.get(piece.get("SpecialToken", {}).get("id")) == self.bos_id:
+                    return True
+        return False
+
     def token_text_bytes(self):
-        special = {t["id"] for t in self._json.get("added_tokens", []) if t["special"]}
+        special = set(self.specials.values())
         added = {t["id"] for t in self._json.get("added_tokens", [])}
         byte_level = '"ByteLevel"' in json.dumps([self._json.get("pre_tokenizer"), self._json.get("decoder")])
         prefix = self._json["model"].get("continuing_subword_prefix") or ""
@@ -249,6 +348,19 @@ class HuggingFaceTokenizer(Tokenizer):
         encodings = self._hf.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(e.ids, np.int32) for e in encodings]
 
+    def _encode_special(self, texts):
+        encodings = self._parsing.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(e.ids, np.int32) for e in encodings]
+
+    @functools.cached_property
+    def _parsing(self):
+        """The same tokenizer, to which special tokens in a text are those tokens: a switch would race with threads."""
+        import tokenizers
+        parsing = tokenizers.Tokenizer.from_buffer(self._content)
+        parsing.no_truncation()
+        parsing.no_padding()
+        return parsing
+
     def _decode(self, ids):
         return self._hf.decode(ids, skip_special_tokens=True)
 
@@ -261,7 +373,8 @@ def load(path_or_name) -> Tokenizer:
     """Returns the tokenizer at a path, or "bytes".
 
     A path is a SentencePiece .model, a tokenizer.json, or a folder that holds one of them; of both,
-    tokenizer.json is taken, which is the newer file wherever a published model has both.
+    tokenizer.json is taken, which is the newer file wherever a published model has both. A chat_template.jinja
+    beside it is its chat template.
 
     Raises:
       UserError: nothing there (the nearest file names are given), or not a tokenizer.
@@ -269,6 +382,14 @@ def load(path_or_name) -> Tokenizer:
     if str(path_or_name) == "bytes":
         return ByteTokenizer()
     path = Path(path_or_name)
+    tokenizer = _load(path)
+    template = (path if path.is_dir() else path.parent) / CHAT_TEMPLATE
+    if template.is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def _load(path):
     if path.is_dir():
         names = ("bytes.json", "tokenizer.json", "tokenizer.model")
         found = [path / name for name in names if (path / name).is_file()]

@@ -1,5 +1,6 @@
 """Tokenizers: exact round trips, byte counts, special tokens, errors."""
 
+import json
 import random
 
 import numpy as np
@@ -196,3 +197,91 @@ def test_errors_name_the_value_and_the_remedy(sentencepiece_folder, tmp_path):
     tokenizers.check_vocab(loaded, 330)
     with pytest.raises(UserError, match="--config.model.vocab_size=330"):
         tokenizers.check_vocab(loaded, 329)
+
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi <|endoftext|>!"},
+        {"role": "assistant", "content": " Hello, "}]
+TEMPLATE = """{%- for message in messages %}
+    {%- if message.role not in ('system', 'user', 'assistant') %}
+        {{- raise_exception('no role ' + message.role) }}
+    {%- endif %}
+    {{- bos_token + message.role + '\n' + message.content | trim + eos_token + '\n' }}
+    {%- if message.role == 'nobody' %}{% break %}{% endif %}
+{%- endfor %}
+{% if add_generation_prompt %}
+<|assistant|>
+{% endif %}
+"""
+
+
+def chatting(folder, tmp_path):
+    """Returns a folder with a tokenizer and a chat template."""
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    settings = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "chat_template": TEMPLATE,
+                "tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tmp_path
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_chats_and_their_ids_are_those_of_transformers(byte_level_folder, tmp_path, last):
+    transformers = pytest.importorskip("transformers", reason="the reference is transformers' chat template")
+    folder = chatting(byte_level_folder, tmp_path)
+    ours, theirs = tokenizers.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for how in ({"add_generation_prompt": True}, {"add_generation_prompt": False},
+                {"add_generation_prompt": False, "continue_final_message": True}):
+        text = theirs.apply_chat_template(CHAT[:last], tokenize=False, **how)
+        assert ours.chat(CHAT[:last], **how) == text
+        assert ours.encode(text, special=True).tolist() == theirs(text, add_special_tokens=False).input_ids
+    assert ours.bos_id in ours.encode(text, special=True) and ours.bos_id not in ours.encode(text)
+
+
+def test_special_tokens_are_parsed_on_request_and_the_rest_is_as_without(tokenizer):
+    name, i = next(iter(tokenizer.specials.items()))
+    for a, b in (("The cat", " ran off"), ("", "x"), ("a", ""), ("", "")):
+        ids = tokenizer.encode(f"{a}{name}{b}{name}", special=True).tolist()
+        assert ids == [*tokenizer.encode(a), i, *tokenizer.encode(b), i]
+    plain = TEXT + random_texts(50, seed=2)
+    for a, b in zip(tokenizer.encode_batch(plain, special=True), tokenizer.encode_batch(plain)):
+        assert a.tolist() == b.tolist()
+
+
+def test_a_chat_template_in_a_file_of_its_own_stays_with_any_tokenizer(sentencepiece_folder, tmp_path):
+    before = tokenizers.load(sentencepiece_folder)
+    before.save(tmp_path / "a")
+    (tmp_path / "a" / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    with_template = tokenizers.load(tmp_path / "a")
+    with_template.save(tmp_path / "b")
+    for loaded in (with_template, tokenizers.load(tmp_path / "b" / "tokenizer.model")):
+        assert loaded.chat(CHAT[:2]) == "[Be brief.][Hi <|endoftext|>!]" and loaded.fingerprint == before.fingerprint
+
+
+def test_a_chat_that_cannot_be_is_an_error(byte_level_folder, tmp_path):
+    with pytest.raises(UserError, match="no chat template"):
+        tokenizers.load(byte_level_folder).chat(CHAT)
+    ours = tokenizers.load(chatting(byte_level_folder, tmp_path))
+    for messages, message in (([], "needs a message"), ([{"role": "user"}], "as content"), ([{"role": "user",
+                              "content": [1]}], "as content"), ([{"role": "me", "content": "x"}], "no role me")):
+        with pytest.raises(UserError, match=message):
+            ours.chat(messages)
+    with pytest.raises(UserError, match="one of them"):
+        ours.chat(CHAT, continue_final_message=True)
+    for evil in ("{{ messages.append(1) }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ nothing.x }}", "{% if"):
+        ours.chat_template = evil
+        with pytest.raises(UserError, match="refuses this chat"):
+            ours.chat(CHAT)
+
+
+@pytest.mark.parametrize("single, adds", [
+    ([{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}], True),
+    ([{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}], False)])
+def test_whether_a_file_puts_bos_before_texts_is_read(byte_level_folder, tmp_path, single, adds):
+    import tokenizers as hf
+    content = json.loads((byte_level_folder / "tokenizer.json").read_text())
+    assert not tokenizers.load(byte_level_folder).adds_bos
+    specials = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}
+    content["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single,
+                                 "special_tokens": specials}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert tokenizers.load(tmp_path).adds_bos == adds
+    assert (hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("a").ids[0] == 0) == adds
