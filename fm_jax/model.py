@@ -119,7 +119,7 @@ def rotate(x, table):
 # --- attention -----------------------------------------------------------------------------------------------------
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens seen so far: one array [B, S, K, H] a layer, and how many are valid.
+    """Keys and values of the tokens seen so far: one array [B, K, S, H] a layer, and how many are valid.
 
     S is the longest sequence; in a local layer the window, where that is shorter, and place p is at p modulo S.
     """
@@ -137,7 +137,7 @@ class Cache(NamedTuple):
         """
         def make(kind):
             length = (min(max_length, arch.window) if kind == "local" else max_length) + slack
-            return jnp.zeros((batch, length, arch.num_kv_heads, arch.head_dim), arch.dtype)
+            return jnp.zeros((batch, arch.num_kv_heads, length, arch.head_dim), arch.dtype)
         return cls(*(tuple(make(kind) for kind in arch.layer_kinds) for _ in "kv"), jnp.zeros(batch, jnp.int32))
 
 
@@ -177,7 +177,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, mask, rope, context_BSD=None, cache=None):
-        """Returns (output [B, T, D], cache): cache is None, or (k, v [B, S, K, H], Places) to write and read."""
+        """Returns (output [B, T, D], cache): cache is None, or (k, v [B, K, S, H], Places) to write and read."""
         a = self.arch
         D, K, G, H = a.embed_dim, a.num_kv_heads, a.groups, a.head_dim
         source = context_BSD if self.cross else x_BTD
@@ -206,11 +206,13 @@ class Attention(nn.Module):
             *held, places = cache
             rows = jnp.arange(x_BTD.shape[0])[:, None]
             new = [a.astype(h.dtype) for a, h in zip((k, v), held)]
-            stored = [h.at[rows, places.write_BT].set(n, mode="drop") for h, n in zip(held, new)]
-            k, v = [jnp.concatenate(pair, axis=1) for pair in zip(held, new)] if places.beside else stored
+            stored = [h.at[rows, :, places.write_BT].set(n, mode="drop") for h, n in zip(held, new)]
+            k, v = ([jnp.concatenate([h, n.swapaxes(1, 2)], axis=2) for h, n in zip(held, new)] if places.beside
+                    else stored)
             cache = (*stored, places)
-        out = kernels.attention(q, k, v, mask, scale=a.attention_scale or H ** -0.5, softcap=a.attention_softcap,
-                                kernel=a.attention_kernel if cache is None else "reference")
+        attend = kernels.attention if cache is None or self.cross else kernels.attention_to_cache
+        kernel = {"kernel": a.attention_kernel} if attend is kernels.attention else {}
+        out = attend(q, k, v, mask, scale=a.attention_scale or H ** -0.5, softcap=a.attention_softcap, **kernel)
         y = kernels.linear(out, wo, inputs=3)
         if a.attention_out_bias:
             y += param(self, "o_bias", zeros, a.param_dtype, norm=D).astype(y.dtype)
@@ -347,7 +349,7 @@ class Transformer(nn.Module):
             if segment_ids_BT is not None or prefix_BT is not None:
                 raise UserError("a cache cannot be combined with segment_ids or a prefix: one sequence a row")
             index_BT = cache.length_B[:, None] + jnp.arange(T)
-            places = {k: _places(cache, entries.shape[1], k == "local", T) for k, entries in zip(kinds, cache.k)}
+            places = {k: _places(cache, entries.shape[2], k == "local", T) for k, entries in zip(kinds, cache.k)}
         if positions_BT is None:
             positions_BT = index_BT if index_BT is not None else jnp.broadcast_to(jnp.arange(T), (B, T))
         mask = kernels.Mask(a.causal, 0, segment_ids_BT, segment_ids_BT, prefix_BT, index_BT)

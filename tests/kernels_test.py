@@ -204,6 +204,8 @@ def test_chunked_attention_equals_numpy_and_autodiff(name):
         np.testing.assert_allclose(got, ref, **CLOSE, err_msg=f"d{letter}")
     naive = numpy_attention(*(x.astype(np.float64) for x in (q, k, v)), mask, **how)
     np.testing.assert_allclose(out, naive, **CLOSE)
+    cached = kernels.attention_to_cache(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, **how)
+    np.testing.assert_allclose(cached, naive, **CLOSE)
 
 
 @pytest.mark.parametrize("kernel", ["chunked", "reference"])

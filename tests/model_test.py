@@ -121,7 +121,7 @@ def test_local_layers_store_their_window_alone(window):
     tokens = np.random.default_rng(5).integers(0, 37, (3, 31))
     full, _, _ = run(module, params, tokens)
     cache = model.Cache.empty(arch, 3, 32, slack=3)
-    assert [k.shape[1] for k in cache.k] == [min(window, 32) + 3, 35, min(window, 32) + 3]
+    assert [k.shape[2] for k in cache.k] == [min(window, 32) + 3, 35, min(window, 32) + 3]
     done = np.zeros(3, int)
     # How many are fed to each row, and how many of them each row then takes back: at most the slack.
     for width, count, back in [(12, (2, 7, 12), (0, 0, 0)), (1, (1, 1, 1), (0, 0, 0)), (6, (6, 0, 4), (0, 0, 3)),
