@@ -9,7 +9,7 @@ PIP := $(PYTHON) -m pip --disable-pip-version-check install --quiet --constraint
 # Two workers share compiled programs through the cache in .cache; worksteal keeps a file's tests together.
 PYTEST := $(PYTHON) -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help quickstart test slow clean
+.PHONY: help quickstart test slow clients clean
 .DELETE_ON_ERROR:
 
 help:  ## these lines
@@ -23,6 +23,10 @@ test: $(VENV)/.test  ## all tests but the slow ones
 
 slow: $(VENV)/.test  ## the slow tests
 	$(PYTEST) -m slow tests
+
+clients: $(VENV)/.test  ## tests with the openai client and lm-evaluation-harness, which it installs
+	$(PIP) --requirement tests/requirements_clients.txt
+	$(PYTEST) tests/serve_test.py tests/lm_eval_test.py tests/evals
 
 clean:  ## removes the environment and caches; keeps runs/ and data/
 	rm -rf $(VENV) .cache .pytest_cache build fm_jax.egg-info

@@ -14,7 +14,7 @@ setuptools.setup(
     description="Pretrain, adapt, evaluate, prompt and serve foundation models of every modality, in JAX.",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["fm_jax", "fm_jax.*"]),
-    package_data={"fm_jax.data": ["*.xz"]},
+    package_data={"fm_jax.data": ["*.xz", "*.txt"], "fm_jax.evals": ["task_files/*", "task_files/*/*"]},
     install_requires=[
         "absl-py",
         "etils",
@@ -27,19 +27,23 @@ setuptools.setup(
         "numpy",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "prometheus-client",
         "pyyaml",
         "sentencepiece",
+        "starlette",
         "tensorboardX",
         "tokenizers",
         "tqdm",
+        "uvicorn",
         "zstandard",
     ],
     extras_require={
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "data": ["pyarrow"],              # Parquet
+        "evaluate": ["sacrebleu"],        # BLEU, chrF, TER
         "gguf": ["gguf"],                 # weights in llama.cpp's format
-        "test": ["pyarrow", "pytest", "pytest-xdist", "setuptools"],
+        "test": ["pyarrow", "pytest", "pytest-xdist", "sacrebleu", "setuptools"],
         "peers": ["transformers"],        # reference models in the tests; without PyTorch
     },
 )

@@ -146,6 +146,14 @@ def _read_run(folder):
     return run
 
 
+def check_tokenizer(folder, tokenizer) -> None:
+    """Returns nothing. Raises UserError where a run's tokenizer is not the one that its checkpoints were made with."""
+    wanted = _read_run(folder).get("tokenizer")
+    if wanted not in (None, tokenizer.fingerprint):
+        raise UserError(f"{_local(folder) / 'tokenizer'} (sha256 {tokenizer.fingerprint[:12]}) is not the tokenizer of "
+                        f"the checkpoints, which by run.json has sha256 {wanted[:12]}: put that one back")
+
+
 def _local(folder):
     if "://" in str(folder):
         raise UserError(f"{folder}: only folders of a mounted file system work; mount the bucket, and name that path")

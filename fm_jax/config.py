@@ -101,6 +101,9 @@ def defaults() -> ml_collections.ConfigDict:
     c.eval = e = ml_collections.ConfigDict()
     e.every = _either("10%")             # steps between validations; the last step has one too. 0: none at all
     e.batches = 0                        # validation batches; 0: the whole held-out split
+    e.tasks = ()                         # tasks of fm_jax.evaluate on the way: piqa,mmlu_*,path/to/task.yaml
+    e.tasks_every = _either("25%")       # steps between these, and after the last one
+    e.tasks_limit = 0                    # only so many documents of each; 0: all
 
     c.log = g = ml_collections.ConfigDict()
     g.every = 10                         # steps between lines of metrics
@@ -250,7 +253,7 @@ def resolve(config: ml_collections.ConfigDict, *, examples_per_epoch: int | None
         require(key, lambda v: v >= 1, "must be at least 1")
     for key in ("data.prefetch_batches", "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.eps",
                 "optimizer.learning_rate", "optimizer.muon_learning_rate", "checkpoint.keep_every",
-                "checkpoint.keep_best", "eval.batches", "health.skip_grad_norm_factor"):
+                "checkpoint.keep_best", "eval.batches", "eval.tasks_limit", "health.skip_grad_norm_factor"):
         require(key, lambda v: 0 <= v < float("inf"), "must be 0 or more, and finite")
     require("seed", lambda v: 0 <= v < 2 ** 32, "must be from 0 to 2**32 - 1")
     for key in ("optimizer.b1", "optimizer.b2", "optimizer.ema_decay"):
@@ -267,7 +270,8 @@ def resolve(config: ml_collections.ConfigDict, *, examples_per_epoch: int | None
         raise UserError(f"config.mesh={c.mesh.to_dict()}: only one axis can be -1")
 
     total = None
-    for key in ("steps", "optimizer.warmup_steps", "optimizer.decay_steps", "checkpoint.every", "eval.every"):
+    for key in ("steps", "optimizer.warmup_steps", "optimizer.decay_steps", "checkpoint.every", "eval.every",
+                "eval.tasks_every"):
         value, what = _walk(c, key), f"config.{key}"
         _, unit = _parse_duration(value, what)
         if (unit == "epoch" and examples_per_epoch is None) or (unit == "%" and key != "steps" and total is None):
@@ -275,7 +279,7 @@ def resolve(config: ml_collections.ConfigDict, *, examples_per_epoch: int | None
         steps = duration(value, batch_size=c.batch_size, seq_len=c.seq_len, total_steps=total,
                          examples_per_epoch=examples_per_epoch, what=what)
         override(c, {key: steps})
-        if key in ("steps", "checkpoint.every"):
+        if key in ("steps", "checkpoint.every", "eval.tasks_every"):
             require(key, lambda v: v >= 1, "must be at least one step")
         if key == "steps":
             total = steps

@@ -217,7 +217,7 @@ def _took(slots: Slots, token_B, real_B, logits_BV, logprobs):
     ended_B = (token_B[:, None] == slots.stop_ids_BS).any(-1)
     left_B = jnp.where(real_B, jnp.where(ended_B, 0, slots.left_B - 1), slots.left_B)
     return (slots._replace(token_B=token_B, left_B=left_B, seen_BV=_see(slots.seen_BV, token_B, real_B)),
-            Drawn(token_B, real_B, *_logprobs(logits_BV, token_B, slots.sampling.vocab_size, logprobs)))
+            Drawn(token_B, real_B, *token_logprobs(logits_BV, token_B, slots.sampling.vocab_size, logprobs)))
 
 
 def _see(seen_BV, token_B, real_B):
@@ -227,7 +227,7 @@ def _see(seen_BV, token_B, real_B):
     return seen_BV.at[rows, token_B].set(seen_BV[rows, token_B] | real_B)
 
 
-def _logprobs(logits_BV, token_B, vocab_size_B, n):
+def token_logprobs(logits_BV, token_B, vocab_size_B, n):
     """Returns (logprob [B], top_ids [B, n], top_logprobs [B, n]); nothing where n is None."""
     if n is None:
         return ()
@@ -415,9 +415,12 @@ def per_layer(params):
 
     Cut out of the stacked array inside the step, every layer would be copied for every token.
     """
-    cut = jax.jit(lambda layers: unstack(layers, len(jax.tree.leaves(layers)[0])))
-    layers = params["transformer"]["layers"]
-    return {**params, "transformer": {**params["transformer"], "layers": cut(layers)}}
+    return {**params, "transformer": {**params["transformer"], "layers": _unstacked(params["transformer"]["layers"])}}
+
+
+@jax.jit
+def _unstacked(layers):
+    return unstack(layers, len(jax.tree.leaves(layers)[0]))
 
 
 def _cut(prompts, arch, max_new_tokens):

@@ -1,17 +1,20 @@
 """Evaluates the model of a run on tasks; results go to WORKDIR/eval or --output, and to the terminal.
 
     python -m fm_jax.evaluate --workdir runs/x
-    python -m fm_jax.evaluate --workdir runs/x --tasks perplexity,next_sentence --limit 100
-    python -m fm_jax.evaluate --workdir runs/x --tasks path/to/task.yaml --num_fewshot 5 --output results/
+    python -m fm_jax.evaluate --workdir runs/x --tasks piqa,boolq,mmlu --num_fewshot 5 --output results/
+    python -m fm_jax.evaluate --workdir runs/x --tasks path/to/task.yaml --limit 100
+    python -m fm_jax.evaluate --workdir runs/x --tasks humaneval --chat --system_instruction "You write Python."
     python -m fm_jax.evaluate --compare runs/a runs/b
+    python -m fm_jax.evaluate --list_tasks
+    python -m fm_jax.evaluate --print_task piqa > my_piqa.yaml     # edit it, then --tasks my_piqa.yaml
 
-Tasks: perplexity (bits per byte of the held-out text), next_sentence (multiple choice from it), patterns of these such
-as "*", and files of lm-evaluation-harness, over local JSON. What was measured before with the same settings is not
-measured again. Layer 5.
+Tasks are those of --list_tasks: perplexity (bits per byte of the held-out text), next_sentence (multiple choice from
+it), and those of the catalogue, whose data is fetched when first asked for; patterns of their names, such as "mmlu_*";
+and files of lm-evaluation-harness, tasks or groups, over local data. What was measured before with the same settings
+is not measured again, and an evaluation that was interrupted goes on where it stopped. Layer 5.
 """
 
-import fnmatch
-import glob
+from collections.abc import Callable
 import hashlib
 import inspect
 import json
@@ -24,39 +27,40 @@ import tempfile
 from absl import flags
 
 from fm_jax import config as config_lib
-from fm_jax.errors import UserError, choose
+from fm_jax.errors import UserError
 
 
 def evaluate(workdir, tasks: list[str], *, lm=None, num_fewshot: int | None = None, step: int | None = None,
-             mesh: dict | None = None, limit: int = 0, data: str = "", output: str = "") -> dict[str, dict]:
-    """Returns {task: metrics}, having written a file for each, with every sample, to `workdir`/eval/STEP.
+             mesh: dict | None = None, limit: int = 0, chat=None, data: str = "", output: str = "",
+             cache: str = "", done: Callable[[str, dict], None] = lambda name, metrics: None) -> dict[str, dict]:
+    """Returns {task or group: metrics}, having written a file for each, with every sample, to `workdir`/eval/STEP.
 
-    A file is named by its task and what else decides its contents: perplexity.json, next_sentence_3shot_limit100.json,
+    A file is named by its task and what else decides its contents: perplexity.json, piqa_5shot_limit100.json,
     perplexity_NAME-FINGERPRINT.json of other data. One that is there already and was made with the same settings, of
     the same parameters, is taken as it is.
 
     Args:
       lm: the run's model, where it is loaded already; otherwise it is, from `step` and onto `mesh`.
       num_fewshot: worked examples before each question; default what the task says, 3 for next_sentence.
+      chat: requests.Chat, for prompts as chats; not of built-in tasks.
       data: a prepared folder whose held-out text is used; default the run's own.
       output: a folder for the files instead, with a table, results.md.
+      cache: folder of downloaded catalogue data; default the catalogue's.
+      done: called with (task or group, its metrics) when these are known.
 
     Raises:
       UserError: an unknown task, a task file that cannot be honoured, no run, no held-out text, or a folder that
         cannot be written, before the evaluation.
     """
     import fm_jax
-    from fm_jax.data import prepared
-    from fm_jax.evals import requests, results as results_lib, yaml_task
-    from fm_jax.evals.tasks import SHOTS, TASKS
+    from fm_jax.data import catalogue
+    from fm_jax.evals import names, requests, results as results_lib
+    from fm_jax.evals.tasks import TASKS
 
-    chosen = {}   # {name: a task of a file, or None of a built-in one}
-    for name in named(tasks, TASKS):
-        task = yaml_task.load(name, num_fewshot) if name.endswith(YAML) else None
-        name = task.name if task else name
-        if name in chosen:
-            raise UserError(f"--tasks names two tasks {name!r}")
-        chosen[name] = task
+    chosen, groups = names.load(tasks, TASKS, num_fewshot=num_fewshot, cache=cache or catalogue.DEFAULT_CACHE)
+    if chat and None in chosen.values():
+        raise UserError("--chat: built-in tasks are not asked as chats; leave out "
+                        f"{', '.join(n for n, t in chosen.items() if t is None)}")
     lm = lm or fm_jax.load(workdir, step=step, mesh=mesh)
     texts, source = held_out(lm.config, data) if None in chosen.values() else ([], "")
     folder = Path(output) if output else Path(workdir, "eval", *([] if lm.step is None else [str(lm.step)]))
@@ -65,55 +69,77 @@ def evaluate(workdir, tasks: list[str], *, lm=None, num_fewshot: int | None = No
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"cannot write to {folder}, where the results go: {error.strerror}") from error
-    model, found = parameters_mark(lm.params), {}
+    for task in filter(None, chosen.values()):   # what is wrong with the last is said before hours on the first
+        requests.prepare(lm, task, limit=limit, chat=chat)
+    settings = {"version": fm_jax.__version__, "model": parameters_mark(lm.params), "step": lm.step, "limit": limit}
+    if chat:
+        template = hashlib.sha256(lm.tokenizer.chat_template.encode()).hexdigest()
+        settings |= {"chat": chat._asdict(), "chat_template": template}
+    suffix = "_chat" * bool(chat) + f"_limit{limit}" * bool(limit)
+    found = {}
     for name, task in chosen.items():
-        settings = {"version": fm_jax.__version__, "model": model, "step": lm.step, "limit": limit}
-        parts = [re.sub(r"[^\w-]", "_", name), *([f"limit{limit}"] if limit else [])]
         if task:
-            settings |= {"num_fewshot": task.num_fewshot, "task": task.fingerprint, "task_version": task.version,
-                         "higher_is_better": {m.name: m.higher_is_better for m in task.metrics},
-                         "aggregations": {m.name: m.aggregation for m in task.metrics}}
-            parts.insert(1, f"{task.num_fewshot}shot")
-            run = lambda: requests.evaluate(lm, task, limit=limit)
+            found[name] = _file_task(lm, task, folder, settings, suffix, chat)
         else:
-            few = {}
-            if "num_fewshot" in inspect.signature(TASKS[name]).parameters:
-                few = {"num_fewshot": SHOTS if num_fewshot is None else num_fewshot}
-                parts.insert(1, f"{few['num_fewshot']}shot")
-            settings |= {**few, "data": source}
-            if data:
-                parts.append(f"{Path(data).resolve().name}-{prepared.read_manifest(data)['fingerprint'][:8]}")
-            settings["texts"] = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-            run = lambda: TASKS[name](lm, texts, limit=limit, **few)
-        found[name] = _measured(folder / f"{'_'.join(parts)}.json", settings, run)
+            found[name] = _built_in(lm, name, texts, folder, settings | {"data": source}, suffix, num_fewshot, data)
+        done(name, found[name]["metrics"])
+    for name, group in groups.items():
+        found[name] = _group(name, group, found, folder, settings, suffix)
+        done(name, found[name]["metrics"])
+    if lm.work.requests:
+        print(lm.work)
     if output:
         _write(folder / "results.md", results_lib.markdown(found), "the table")
     return {name: result["metrics"] for name, result in found.items()}
 
 
-YAML = (".yaml", ".yml")   # how the name of a task's file ends
+def _file_task(lm, task, folder, settings, suffix, chat):
+    """Returns the results of a task of a file."""
+    from fm_jax.evals import requests
+
+    settings = settings | {
+        "num_fewshot": task.num_fewshot, "task": task.fingerprint, "task_version": task.version,
+        "higher_is_better": {m.name: m.higher_is_better for m in task.metrics},
+        "aggregations": {m.name: m.aggregation for m in task.metrics}}
+    return _measured(folder / f"{_slug(task.name)}_{task.num_fewshot}shot{suffix}.json", settings,
+                     lm, lambda lm: requests.evaluate(lm, task, limit=settings["limit"], chat=chat))
 
 
-def named(tasks: list[str], known) -> list[str]:
-    """Returns the tasks that names and patterns of known ones or of files say, each once.
+def _built_in(lm, name, texts, folder, settings, suffix, num_fewshot, data):
+    """Returns the results of a task of evals/tasks.py."""
+    from fm_jax.data import prepared
+    from fm_jax.evals.tasks import SHOTS, TASKS
 
-    Raises:
-      UserError: an unknown name, with the nearest; a pattern of none.
-    """
-    out = []
-    for name in tasks:
-        if name.endswith(YAML):
-            out += sorted(glob.glob(name)) or [name]
-        elif re.search(r"[*?[]", name):
-            matching = fnmatch.filter(known, name)
-            if not matching:
-                raise UserError(f"--tasks: no task is like {name!r} (known: {', '.join(known)})")
-            out += matching
-        else:
-            out.append(choose(name, known, "--tasks"))
-    if not out:
-        raise UserError(f"--tasks is empty; known: {', '.join(known)}")
-    return list(dict.fromkeys(out))
+    few, shots = {}, ""
+    if "num_fewshot" in inspect.signature(TASKS[name]).parameters:
+        few = {"num_fewshot": SHOTS if num_fewshot is None else num_fewshot}
+        shots = f"_{few['num_fewshot']}shot"
+    settings = settings | few | {"texts": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
+    if data:
+        suffix += f"_{Path(data).resolve().name}-{prepared.read_manifest(data)['fingerprint'][:8]}"
+    return _measured(folder / f"{_slug(name)}{shots}{suffix}.json", settings,
+                     lm, lambda lm: TASKS[name](lm, texts, limit=settings["limit"], **few))
+
+
+def _group(name, group, found, folder, settings, suffix):
+    """Returns the results of a group, from those of its tasks."""
+    from fm_jax.evals import results as results_lib
+
+    of = [found[task] for task in group.tasks]
+    shots = sorted({result["num_fewshot"] for result in of})
+    result = settings | {
+        "tasks": list(group.tasks), "task_version": group.version,
+        "num_fewshot": shots[0] if len(shots) == 1 else shots,
+        "higher_is_better": {k: v for r in of for k, v in r["higher_is_better"].items()},
+        "metrics": results_lib.aggregate(group, found), "samples": results_lib.samples(group, found)}
+    shots = f"_{shots[0]}shot" * (len(shots) == 1)
+    _write(folder / f"{_slug(name)}{shots}{suffix}.json", json.dumps(result), f"its metrics: {result['metrics']}")
+    return result
+
+
+def _slug(name):
+    """Returns a name as a file may have it."""
+    return re.sub(r"[^\w-]", "_", name)
 
 
 def parameters_mark(params) -> str:
@@ -131,8 +157,13 @@ def parameters_mark(params) -> str:
     return hashlib.sha256(str(list(map(int, jax.tree.leaves(sums)))).encode()).hexdigest()
 
 
-def _measured(path, settings, run):
-    """Returns the results of `run()`, written to `path`, or those there where their settings are the same."""
+def _measured(path, settings, lm, run):
+    """Returns the results of `run(lm)`, written to `path`, or those there where their settings are the same.
+
+    What the model answers until then is in a file beside it, with which an interrupted evaluation goes on.
+    """
+    from fm_jax.evals.journal import Journal
+
     settings = json.loads(json.dumps(settings))
     try:
         before = json.loads(path.read_text())
@@ -141,10 +172,17 @@ def _measured(path, settings, run):
             return settings | before
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         pass   # none there, or of something else: it is replaced
-    metrics, samples = run()
+    journal = Journal(lm, path.with_name(path.name + ".partial"), settings)
+    metrics, samples = run(journal)
     result = settings | {"metrics": metrics, "samples": samples}
-    _write(path, json.dumps(result, default=lambda array: array.tolist()), f"its metrics: {metrics}")
+    _write(path, json.dumps(result, default=_plain), f"its metrics: {metrics}")
+    journal.remove()
     return result
+
+
+def _plain(value):
+    """Returns what JSON has for a value that it lacks: an array of numbers, or a date of a Parquet file."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _write(path, text, what):
@@ -193,6 +231,12 @@ def _flags(fv):
     flags.DEFINE_string("data", "", "prepared folder whose held-out text is used; default the run's own",
                         flag_values=fv)
     flags.DEFINE_string("output", "", "folder for the results; default WORKDIR/eval/STEP", flag_values=fv)
+    flags.DEFINE_bool("chat", False, "ask as chats, by the tokenizer's template", flag_values=fv)
+    flags.DEFINE_string("system_instruction", "", "how a chat begins", flag_values=fv)
+    flags.DEFINE_bool("fewshot_as_multiturn", None, "with --chat: worked examples are turns of it (the default), or "
+                      "all is one message of the user", flag_values=fv)
+    flags.DEFINE_bool("list_tasks", False, "print the tasks that there are, and no more", flag_values=fv)
+    flags.DEFINE_string("print_task", "", "print the file of a task, to be edited, and no more", flag_values=fv)
     flags.DEFINE_list("compare", [], "two runs or folders of results, a b or a,b: how b differs from a, by a paired "
                       "bootstrap over their samples; evaluates nothing", flag_values=fv)
 
@@ -201,17 +245,57 @@ def main(args):
     if args.compare:
         print(_comparison(args.compare))
         return
+    if args.list_tasks or args.print_task:
+        print(_task_file(args.print_task) if args.print_task else _task_list(), end="")
+        return
     if args.workdir is None:
         raise UserError("--workdir is required (see --help)")
-    from fm_jax.evals import results as results_lib
+    if not args.chat and (args.system_instruction or args.fewshot_as_multiturn is not None):
+        raise UserError("--system_instruction and --fewshot_as_multiturn are of chats; add --chat")
+    from fm_jax.evals import requests, results as results_lib
     from fm_jax.pretrained import parse_mesh
 
-    found = evaluate(args.workdir, args.tasks, num_fewshot=args.num_fewshot, step=args.step,
-                     mesh=parse_mesh(args.mesh), limit=args.limit, data=args.data, output=args.output)
-    for task, metrics in found.items():
+    def show(task, metrics):
         for _, _, pipeline, _, metric, _, value, error in results_lib.rows(task, {"metrics": metrics}):
             label = metric if pipeline in ("", "none") else f"{metric},{pipeline}"
-            print(f"{task:<16} {label:<18} {value}" + (f" +- {error}" if error else ""))
+            print(f"{task:<30} {label:<18} {value}" + (f" +- {error}" if error else ""), flush=True)
+
+    chat = requests.Chat(args.system_instruction, args.fewshot_as_multiturn is not False) if args.chat else None
+    evaluate(args.workdir, args.tasks, num_fewshot=args.num_fewshot, step=args.step, mesh=parse_mesh(args.mesh),
+             limit=args.limit, chat=chat, data=args.data, output=args.output, cache=os.environ.get("FM_JAX_CACHE", ""),
+             done=show)
+
+
+def _task_list():
+    """Returns the lines that --list_tasks prints."""
+    from fm_jax.evals import names
+    from fm_jax.evals.tasks import TASKS
+
+    lines = {name: inspect.getdoc(task).splitlines()[0].removeprefix("Returns ") for name, task in TASKS.items()}
+    lines |= {name: names.about(entry) for name, entry in names.index(names.FOLDER).items()}
+    return "".join(f"{name:<44} {line}\n" for name, line in lines.items())
+
+
+def _task_file(name):
+    """Returns the text of a task's file; what it includes is in it, so that it stands alone."""
+    import yaml
+
+    from fm_jax.evals import names, yaml_task
+
+    files = names.index(names.FOLDER)
+    if name not in files:
+        raise UserError(f"--print_task: {names.unknown(name, files)}")
+    path = files[name].path
+    text = path.read_text(encoding="utf-8")
+    if "include" not in yaml.safe_load(text):
+        return text
+
+    class Dumper(yaml.SafeDumper):
+        """Writes a text of several lines as such."""
+
+    Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None))
+    return yaml.dump(yaml_task.read(path), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def _comparison(folders):

@@ -3,6 +3,7 @@
     python -m fm_jax.generate --workdir runs/x --prompt "The history of" --max_new_tokens 64
     python -m fm_jax.generate --workdir runs/x --prompt "Paris" --prompt "Rome" --temperature 0.8 --top_p 0.95 --n 3
     python -m fm_jax.generate --workdir runs/x --prompt_file prompts.txt --stop "\\n" --repetition_penalty 1.2
+    python -m fm_jax.generate --workdir runs/x --chat --system "Answer in one sentence." --prompt "Why is the sky blue?"
     python -m fm_jax.generate --workdir runs/x --prompt "Paris" --mesh fsdp=4,tensor=2
 
 Layer 5.
@@ -10,6 +11,7 @@ Layer 5.
 
 import json
 from pathlib import Path
+import sys
 
 from absl import flags
 
@@ -22,6 +24,9 @@ def _flags(fv):
     flags.DEFINE_multi_string("prompt", None, "text to continue; may be given several times", flag_values=fv)
     flags.DEFINE_string("prompt_file", None, "prompts, one a line; in a .jsonl file the \"prompt\" of each line",
                         flag_values=fv)
+    flags.DEFINE_boolean("chat", False, "a prompt is what a user says; the tokenizer's chat template makes a chat of "
+                         "it", flag_values=fv)
+    flags.DEFINE_string("system", "", "the system's message before each prompt, with --chat", flag_values=fv)
     flags.DEFINE_integer("max_new_tokens", 64, "most tokens to add", flag_values=fv, lower_bound=1)
     flags.DEFINE_float("temperature", 0.0, "0: always the likeliest token", flag_values=fv)
     flags.DEFINE_integer("top_k", 0, "draw from the k likeliest tokens; 0: all", flag_values=fv)
@@ -46,13 +51,22 @@ def main(args):
 
     sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
     Sampling(**sampling).check()   # before a large model is loaded
-    prompts = _prompts(args)
+    prompts = texts = _prompts(args)
+    if args.system and not args.chat:
+        raise UserError("--system is a message of a chat: add --chat")
+    if args.chat:
+        system = [{"role": "system", "content": args.system}] if args.system else []
+        prompts = [[*system, {"role": "user", "content": text}] for text in texts]
     lm = fm_jax.load(args.workdir, step=args.step, mesh=parse_mesh(args.mesh))
-    texts = lm.generate(prompts, max_new_tokens=args.max_new_tokens, n=args.n, seed=args.seed,
-                        stop=[text.replace("\\n", "\n") for text in args.stop], **sampling)
-    prompts = [p for p in prompts for _ in range(args.n)]
-    for i, (prompt, text) in enumerate(zip(prompts, texts)):
-        print(("" if i == 0 else "---\n") + prompt + text)
+    room = lm.objective.arch.max_seq_len - args.max_new_tokens
+    if cut := sum(len(ids) > room > 0 for ids in lm.prompt_ids(prompts)):
+        print(f"{cut} of {len(prompts)} prompts are cut at their left to the {room} tokens that "
+              f"--max_new_tokens={args.max_new_tokens} leaves in the model's context", file=sys.stderr)
+    made = lm.generate(prompts, max_new_tokens=args.max_new_tokens, n=args.n, seed=args.seed,
+                       stop=[text.replace("\\n", "\n") for text in args.stop], **sampling)
+    for i, text in enumerate(made):
+        before = "" if args.chat else texts[i // args.n]   # an answer stands alone, a continuation does not
+        print(("" if i == 0 else "---\n") + before + text)
 
 
 def _prompts(args) -> list[str]:

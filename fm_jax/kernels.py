@@ -114,6 +114,8 @@ class Mask(NamedTuple):
     k_prefix_BS: jax.Array | None = None     # True: seen by every query of the segment (prefix LM)
     q_index_BT: jax.Array | None = None      # place in the sequence; None: 0, 1, 2, ...
     k_index_BS: jax.Array | None = None
+    k_first_BS: jax.Array | None = None      # a key is seen by the queries of these numbers alone: trees, depth first
+    k_last_BS: jax.Array | None = None
 
     def visible(self, T: int, S: int, q_start: int = 0, k_start: int = 0):
         """Returns bool [B or 1, T, S] for T queries from index q_start and S keys from k_start; None: all seen.
@@ -134,13 +136,17 @@ class Mask(NamedTuple):
         if self.q_segments_BT is not None:
             same = self.q_segments_BT[:, :, None] == self.k_segments_BS[:, None, :]
             seen = same if seen is None else seen & same
+        if self.k_first_BS is not None:
+            number = q_start + jnp.arange(T)[:, None]
+            below = (self.k_first_BS[:, None, :] <= number) & (number <= self.k_last_BS[:, None, :])
+            seen = below if seen is None else seen & below
         return seen
 
     def part(self, q: slice, k: slice) -> "Mask":
-        """Returns the mask of a block of queries and keys, without index arrays."""
-        cut = lambda a, s: None if a is None else a[:, s]
-        return self._replace(q_segments_BT=cut(self.q_segments_BT, q), k_segments_BS=cut(self.k_segments_BS, k),
-                             k_prefix_BS=cut(self.k_prefix_BS, k))
+        """Returns the mask of a block of queries and keys."""
+        arrays = zip(self._fields[2:], self[2:])
+        return Mask(self.causal, self.window, *(a if a is None else a[:, q if name[0] == "q" else k]
+                                                for name, a in arrays))
 
 
 def attention(q_BTKGH, k_BSKH, v_BSKH, mask: Mask, *, scale: float, softcap: float = 0.0, kernel: str = "auto"):
@@ -155,7 +161,8 @@ def attention(q_BTKGH, k_BSKH, v_BSKH, mask: Mask, *, scale: float, softcap: flo
       UserError: "chunked" for queries and keys with index arrays (a cache), which it cannot serve.
     """
     T, S = q_BTKGH.shape[1], k_BSKH.shape[1]
-    indexed = mask.q_index_BT is not None or mask.k_index_BS is not None
+    tree = mask.k_first_BS is not None
+    indexed = not tree and (mask.q_index_BT is not None or mask.k_index_BS is not None)
     if kernel == "auto":
         kernel = "reference" if indexed or T < QUERY_CHUNK else "chunked"
     if kernel == "reference":
@@ -165,8 +172,7 @@ def attention(q_BTKGH, k_BSKH, v_BSKH, mask: Mask, *, scale: float, softcap: flo
     if mask.causal and T != S:
         raise UserError(f"causal attention without indices needs as many queries as keys, got {T} and {S}")
     chunk = max(QUERY_CHUNK, -(-T // MOST_QUERY_CHUNKS))
-    arrays = (mask.q_segments_BT, mask.k_segments_BS, mask.k_prefix_BS)
-    return _chunked(q_BTKGH, k_BSKH, v_BSKH, arrays, (mask.causal, mask.window, scale, softcap, chunk))
+    return _chunked(q_BTKGH, k_BSKH, v_BSKH, mask[2:], (mask.causal, mask.window, scale, softcap, chunk))
 
 
 def attention_reference(q_BTKGH, k_BSKH, v_BSKH, mask: Mask, *, scale, softcap=0.0):
@@ -202,10 +208,14 @@ def _scores(s, scale, softcap):
     return softcap * jnp.tanh(s / softcap) if softcap else s
 
 
-def _blocks(T, S, causal, window, has_prefix, chunk):
+def _blocks(T, S, mask, chunk):
     """Yields (queries, keys) slices: each block of queries with the span of keys that any of them may see."""
+    causal, window, has_prefix = mask.causal, mask.window, mask.k_prefix_BS is not None
     for start in range(0, T, chunk):
         stop = min(start + chunk, T)
+        if mask.k_first_BS is not None:   # the last T keys are the queries' own
+            yield slice(start, stop), slice(0, S - T + stop)
+            continue
         first = max(0, start - window + 1) if window else 0
         last = stop if causal and not has_prefix else min(S, stop + window - 1) if window else S
         yield slice(start, stop), slice(first // chunk * chunk, last)
@@ -229,7 +239,7 @@ def _chunked_forward(q_BTKGH, k_BSKH, v_BSKH, arrays, static):
     mask = Mask(causal, window, *arrays)
     q, k, v = q_BTKGH.transpose(0, 2, 3, 1, 4), k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
     outs, lses = [], []
-    for rows, cols in _blocks(q.shape[3], k.shape[2], causal, window, mask.k_prefix_BS is not None, chunk):
+    for rows, cols in _blocks(q.shape[3], k.shape[2], mask, chunk):
         s = _block_scores(q, k, mask, rows, cols, scale, softcap)
         top = s.max(-1, keepdims=True)
         p = jnp.exp(s - top)
@@ -251,7 +261,7 @@ def _chunked_backward(static, saved, dout_BTKGH):
     dout = dout_BTKGH.transpose(0, 2, 3, 1, 4)
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
     dqs, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for rows, cols in _blocks(q.shape[3], k.shape[2], causal, window, mask.k_prefix_BS is not None, chunk):
+    for rows, cols in _blocks(q.shape[3], k.shape[2], mask, chunk):
         s = _block_scores(q, k, mask, rows, cols, scale, softcap)
         p = jnp.exp(s - lse[:, :, :, rows])
         do = dout[:, :, :, rows]
@@ -266,7 +276,7 @@ def _chunked_backward(static, saved, dout_BTKGH):
         dv = dv.at[:, :, cols].add(jnp.einsum("bkgts,bkgth->bksh", p.astype(do.dtype), do,
                                               preferred_element_type=jnp.float32))
     dq = jnp.concatenate(dqs, axis=3).transpose(0, 3, 1, 2, 4)
-    return dq, dk.astype(k.dtype).transpose(0, 2, 1, 3), dv.astype(v.dtype).transpose(0, 2, 1, 3), (None,) * 3
+    return dq, dk.astype(k.dtype).transpose(0, 2, 1, 3), dv.astype(v.dtype).transpose(0, 2, 1, 3), (None,) * len(arrays)
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

@@ -24,7 +24,8 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,                      # keeps the input of each block
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,      # and the outputs of its projections
 }
-TAPS = ("residual", "attention", "mlp")   # what `capture` can name: block output, and what each sublayer adds
+# What `capture` can name: block output, what each sublayer adds, and the keys and values that attention makes.
+TAPS = ("residual", "attention", "mlp", "k", "v")
 
 
 # --- parameters ---------------------------------------------------------------------------------------------------
@@ -141,6 +142,14 @@ class Cache(NamedTuple):
         return cls(*(tuple(make(kind) for kind in arch.layer_kinds) for _ in "kv"), jnp.zeros(batch, jnp.int32))
 
 
+class Trunk(NamedTuple):
+    """Keys and values [L, S, K, H] of the tokens that all rows of a batch go on from; the first `length` are real."""
+
+    k: jax.Array
+    v: jax.Array
+    length: jax.Array
+
+
 class Places(NamedTuple):
     """Where the layers of one kind write T new keys and values, and what each key is that they attend to."""
 
@@ -176,8 +185,11 @@ class Attention(nn.Module):
     cross: bool = False
 
     @nn.compact
-    def __call__(self, x_BTD, mask, rope, context_BSD=None, cache=None):
-        """Returns (output [B, T, D], cache): cache is None, or (k, v [B, K, S, H], Places) to write and read."""
+    def __call__(self, x_BTD, mask, rope, context_BSD=None, cache=None, trunk=None):
+        """Returns (output [B, T, D], cache, its own (k, v) [B, T, K, H]).
+
+        cache: None, or (k, v [B, K, S, H], Places) to write and read. trunk: None, or (k, v [S, K, H]) to read first.
+        """
         a = self.arch
         D, K, G, H = a.embed_dim, a.num_kv_heads, a.groups, a.head_dim
         source = context_BSD if self.cross else x_BTD
@@ -202,21 +214,25 @@ class Attention(nn.Module):
             q = self.layout.constrain(q, "batch", "length", "kv_heads", "groups", "head")
             k = self.layout.constrain(k, "batch", "length", "kv_heads", "head")
             v = self.layout.constrain(v, "batch", "length", "kv_heads", "head")
+        own = k, v
         if cache is not None and not self.cross:
             *held, places = cache
             rows = jnp.arange(x_BTD.shape[0])[:, None]
-            new = [a.astype(h.dtype) for a, h in zip((k, v), held)]
+            new = [a.astype(h.dtype) for a, h in zip(own, held)]
             stored = [h.at[rows, :, places.write_BT].set(n, mode="drop") for h, n in zip(held, new)]
             k, v = ([jnp.concatenate([h, n.swapaxes(1, 2)], axis=2) for h, n in zip(held, new)] if places.beside
                     else stored)
             cache = (*stored, places)
+        if trunk is not None:
+            k, v = (jnp.concatenate([jnp.broadcast_to(t, (x_BTD.shape[0], *t.shape)), n], axis=1)
+                    for t, n in zip(trunk, own))
         attend = kernels.attention if cache is None or self.cross else kernels.attention_to_cache
         kernel = {"kernel": a.attention_kernel} if attend is kernels.attention else {}
         out = attend(q, k, v, mask, scale=a.attention_scale or H ** -0.5, softcap=a.attention_softcap, **kernel)
         y = kernels.linear(out, wo, inputs=3)
         if a.attention_out_bias:
             y += param(self, "o_bias", zeros, a.param_dtype, norm=D).astype(y.dtype)
-        return y, cache
+        return y, cache, own
 
 
 # --- mlp ------------------------------------------------------------------------------------------------------------
@@ -279,10 +295,11 @@ class Block(nn.Module):
     layout: Layout | None = None
 
     @nn.compact
-    def __call__(self, x_BTD, inputs: Inputs, kind: str, key=None, cache=None):
+    def __call__(self, x_BTD, inputs: Inputs, kind: str, key=None, cache=None, trunk=None):
         """Returns (x [B, T, D], cache of this layer, taps)."""
         a = self.arch
         keys = jax.random.split(key, 3) if key is not None else (None,) * 3
+        made = None   # keys and values
 
         def sublayer(x, name, f, key):
             before = a.norm_position in ("pre", "sandwich")
@@ -296,9 +313,9 @@ class Block(nn.Module):
             return self.layout.constrain(x, "batch", "length", "embed") if self.layout else x, y
 
         def attend(x):
-            nonlocal cache
+            nonlocal cache, made
             own = Attention(a, self.layout, name="attention")
-            y, cache = own(x, inputs.masks[kind], inputs.ropes[kind], cache=cache)
+            y, cache, made = own(x, inputs.masks[kind], inputs.ropes[kind], cache=cache, trunk=trunk)
             return y
 
         def cross(x):
@@ -309,7 +326,7 @@ class Block(nn.Module):
         if a.cross_attention:
             x, _ = sublayer(x, "cross", cross, keys[1])
         x, added = sublayer(x, "mlp", Mlp(a, self.layout, name="mlp"), keys[2])
-        return x, cache, {"residual": x, "attention": attended, "mlp": added}
+        return x, cache, {"residual": x, "attention": attended, "mlp": added, "k": made[0], "v": made[1]}
 
 
 class Transformer(nn.Module):
@@ -324,7 +341,8 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, *, positions_BT=None, segment_ids_BT=None, prefix_BT=None, context_BSD=None,
-                 context_segment_ids_BS=None, cache: Cache | None = None, key=None, capture=()):
+                 context_segment_ids_BS=None, cache: Cache | None = None, last_BT=None, trunk: Trunk | None = None,
+                 key=None, capture=()):
         """Returns (x [B, T, D], cache, taps).
 
         Args:
@@ -334,8 +352,11 @@ class Transformer(nn.Module):
           context_BSD, context_segment_ids_BS: the encoder's output, for cross attention.
           cache: attend to what it holds and to x, which is appended. Not with segments or a prefix. Rows padded at
             their right say so in its `count_B`.
+          last_BT: each row is not one sequence but trees of tokens, depth first, each seeing itself and its ancestors;
+            the index of the last token below this one (its own, where there is none). `positions_BT` says how deep.
+          trunk: of trees, what comes before all of them. Not with segments, a prefix or a cache.
           key: of dropout; None: no dropout.
-          capture: names out of TAPS to return, each [L, B, T, D].
+          capture: names out of TAPS to return, each [L, B, T, D]; of "k" and "v" [L, B, T, K, H].
         """
         a, (B, T, _) = self.arch, x_BTD.shape
         block = Block(a, self.layout, parent=None)
@@ -355,6 +376,10 @@ class Transformer(nn.Module):
         mask = kernels.Mask(a.causal, 0, segment_ids_BT, segment_ids_BT, prefix_BT, index_BT)
         masks = {k: mask._replace(window=a.window if k == "local" else 0,
                                   k_index_BS=places[k].k_index_BS if places else None) for k in set(kinds)}
+        if last_BT is not None:
+            if cache is not None or segment_ids_BT is not None or prefix_BT is not None:
+                raise UserError("trees of tokens cannot be combined with a cache, segment_ids or a prefix")
+            masks = {k: _tree_mask(positions_BT, last_BT, trunk, a.window if k == "local" else 0) for k in set(kinds)}
         context_mask = None
         if a.cross_attention:
             if context_BSD is None:
@@ -370,8 +395,8 @@ class Transformer(nn.Module):
                         context_BSD, context_mask)
         keys = jax.random.split(key, a.num_layers) if key is not None else None
 
-        def apply(x, layer, key, kind, layer_cache=None):
-            x, layer_cache, taps = block.apply({"params": layer}, x, inputs, kind, key, layer_cache)
+        def apply(x, layer, key, kind, layer_cache=None, layer_trunk=None):
+            x, layer_cache, taps = block.apply({"params": layer}, x, inputs, kind, key, layer_cache, layer_trunk)
             return x, layer_cache, {name: taps[name] for name in capture}
 
         if cache is not None:
@@ -382,7 +407,7 @@ class Transformer(nn.Module):
             cache = Cache(tuple(ks), tuple(vs), cache.length_B + (T if cache.count_B is None else cache.count_B))
             taps = jax.tree.map(lambda *t: jnp.stack(t), *taps)
         else:
-            x, taps = _through_layers(apply, x_BTD, layers, keys, a)
+            x, taps = _through_layers(apply, x_BTD, layers, keys, trunk and (trunk.k, trunk.v), a)
         if a.final_norm:
             x = Norm(a, name="final_norm")(x)
         return x, cache, taps
@@ -409,16 +434,27 @@ def unstack(layers, num_layers: int) -> tuple:
     return tuple(treedef.unflatten(layer) for layer in zip(*parts))
 
 
-def _through_layers(apply, x, layers, keys, a: Architecture):
+def _tree_mask(positions_BT, last_BT, trunk, window):
+    """Returns the mask of `Transformer`'s `last_BT`: keys of the trunk, then of the tokens."""
+    B, T = last_BT.shape
+    places, first, last = positions_BT, jnp.broadcast_to(jnp.arange(T), (B, T)), last_BT
+    if trunk is not None:
+        before = jnp.broadcast_to(jnp.arange(trunk.k.shape[1]), (B, trunk.k.shape[1]))
+        places, first = jnp.concatenate([before, places], 1), jnp.concatenate([jnp.zeros_like(before), first], 1)
+        last = jnp.concatenate([jnp.where(before < trunk.length, T, -1), last], axis=1)
+    return kernels.Mask(False, window, q_index_BT=positions_BT, k_index_BS=places, k_first_BS=first, k_last_BS=last)
+
+
+def _through_layers(apply, x, layers, keys, trunk, a: Architecture):
     """Returns (x, taps [L, ...]) after all layers: scanned by periods of the layer pattern, or unrolled."""
     kinds, period = a.layer_kinds, len(a.layer_pattern)
     remat = lambda f: f if a.remat == "none" else jax.checkpoint(
         f, policy=REMAT_POLICIES[a.remat], prevent_cse=not a.scan_layers, static_argnums=(3,))
 
-    def one(x, layer, key, kind):
+    def one(x, layer, key, kind, trunk):
         if not a.scan_layers:   # a scan keeps the gradients of a layer together by itself
             x, layer = kernels.gradients_together(x, layer)
-        x, _, taps = apply(x, layer, key, kind)
+        x, _, taps = apply(x, layer, key, kind, None, trunk)
         return x, taps
 
     # Under jit, layers that are unrolled are traced once for all of their kind; XLA inlines them again.
@@ -427,12 +463,13 @@ def _through_layers(apply, x, layers, keys, a: Architecture):
     scanned = a.num_layers // period * period if a.scan_layers and not isinstance(layers, tuple) else 0
     stacks = []
     if scanned:
-        grouped = jax.tree.map(lambda p: p[:scanned].reshape(scanned // period, period, *p.shape[1:]), (layers, keys))
+        grouped = jax.tree.map(lambda p: p[:scanned].reshape(scanned // period, period, *p.shape[1:]),
+                               (layers, keys, trunk))
 
         def body(x, group):
             taps = []
             for i in range(period):
-                x, tap = one(x, at(group[0], i), at(group[1], i), kinds[i])
+                x, tap = one(x, at(group[0], i), at(group[1], i), kinds[i], at(group[2], i))
                 taps.append(tap)
             return x, jax.tree.map(lambda *t: jnp.stack(t), *taps)
 
@@ -441,6 +478,6 @@ def _through_layers(apply, x, layers, keys, a: Architecture):
     if scanned < a.num_layers:
         rest = unstack(layers, a.num_layers)
         for i in range(scanned, a.num_layers):
-            x, tap = one(x, rest[i], at(keys, i), kinds[i])
+            x, tap = one(x, rest[i], at(keys, i), kinds[i], at(trunk, i))
             stacks.append(jax.tree.map(lambda t: t[None], tap))
     return x, jax.tree.map(lambda *t: jnp.concatenate(t), *stacks)

@@ -2,6 +2,7 @@
 
     lm = fm_jax.load("runs/quickstart")          # or a folder with Hugging Face weights
     lm.logits(tokens)  lm.hidden(tokens)  lm.score(contexts, continuations)  lm.generate(prompts)  lm.embed(texts)
+    lm.score_texts(texts)  lm.complete(token_ids)  lm.encode(texts)
     lm.params  lm.config  lm.tokenizer  lm.module  lm.step
 """
 
@@ -28,7 +29,7 @@ def load(folder, *, step: int | None = None, mesh: dict | None = None, ema: bool
       ema: take the average of the parameters where the run keeps one.
 
     Raises:
-      UserError: no run there, no readable checkpoint, or a mesh that does not fit.
+      UserError: no run there, no readable checkpoint, another tokenizer than theirs, or a mesh that does not fit.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file() and not hf.is_folder(folder):
@@ -42,6 +43,7 @@ def load(folder, *, step: int | None = None, mesh: dict | None = None, ema: bool
     if filled:
         print(f"{folder / 'config.json'} is of an older version; these keys take today's default: {', '.join(filled)}")
     tokenizer = tokenizers.load(folder / "tokenizer")
+    checkpoint.check_tokenizer(folder, tokenizer)
     objective, abstract = _abstract(config, tokenizer, mesh)
     step = max(checkpoint.steps(folder), default=None) if step is None else step
     return Pretrained(config, tokenizer, objective, checkpoint.restore_params(folder, step, abstract, ema=ema), step)
@@ -88,6 +90,7 @@ class Pretrained:
     def __init__(self, config, tokenizer, objective, params, step: int | None = None):
         self.config, self.tokenizer, self.objective, self.params = config, tokenizer, objective, params
         self.step = step   # of its checkpoint
+        self.work = scoring.Work()   # what score and score_texts have done so far
         self.module = objective.module
         self._parts = self.module.layout.batch_parts   # the mesh cuts every batch into so many: rows are added to fit
         self._batch_size = -(-16 // self._parts) * self._parts
@@ -110,41 +113,94 @@ class Pretrained:
         contexts, continuations = _texts("contexts", contexts), _texts("continuations", continuations)
         if len(contexts) != len(continuations):
             raise UserError(f"{len(contexts)} contexts for {len(continuations)} continuations; give one for each")
-        pairs = [scoring.encode_pair(self.tokenizer, a, b) for a, b in zip(contexts, continuations)]
-        return scoring.score(self.objective, self.params, pairs, batch_size=self._batch_size)
+        pairs = scoring.encode_pairs(self.tokenizer, contexts, continuations)
+        return scoring.score(self.objective, self.params, pairs, batch_size=self._batch_size, work=self.work)
 
     def score_texts(self, texts) -> list[float]:
         """Returns the natural log-probability of each text, from an empty context, every token of it scored once."""
         return scoring.score_texts(self.objective, self.params, self.tokenizer, _texts("texts", texts),
-                                   batch_size=self._batch_size)
+                                   batch_size=self._batch_size, work=self.work)
 
-    def generate(self, prompts, *, max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0,
+    def complete(self, prompts, *, max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0,
                  top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, n: int = 1, seed: int = 0,
-                 stop=(), stop_at_end: bool = True) -> list[str]:
-        """Returns n texts that continue each prompt (text), without the prompt: those of a prompt follow each other.
+                 stop=(), stop_ids=(), logprobs: int | None = None, text=None) -> list[decode.Completion]:
+        """Returns n continuations of each prompt (token ids): those of a prompt follow each other.
 
-        temperature 0 takes the likeliest token each time. Text i draws from seed + i. `stop`: strings that end a
-        text and are not part of it. `stop_at_end`: the end-of-text token ends a text early.
+        temperature 0 takes the likeliest token each time. Continuation i draws from seed + i, whatever is beside it.
+        A prompt that leaves no room for max_new_tokens in the model's context is cut at its left.
+
+        Args:
+          stop: strings that end a continuation; the token that completes one stays.
+          stop_ids: tokens that end a continuation and do not stay.
+          logprobs: as in `decode.complete`.
+          text: function of (i, its tokens): the text in which `stop` is sought; default `tokenizer.decode`.
         """
-        prompts, stop = _texts("prompts", prompts), _texts("stop", stop)
-        if "" in stop:
+        if n < 1:
+            raise UserError(f"n={n} must be at least 1")
+        if "" in (stop := _texts("stop", stop)):
             raise UserError("stop='': an empty stop string would end every text at once; leave it out")
-        start, end = document_ends(self.tokenizer)
-        ids = [np.concatenate([[start], self.tokenizer.encode(p)]) for p in prompts]
+        text = text or (lambda i, new: self.tokenizer.decode(new))
         arrays = jax.tree.leaves(self.params)
         if len(arrays) != len(self._decode_params[0]) or any(map(operator.is_not, arrays, self._decode_params[0])):
             self._decode_params = arrays, decode.per_layer(self.params)
-        rows = [(p, i) for p, i in zip(prompts, ids) for _ in range(n)]
-        extra = -len(ids) % self._parts
-        stopped = lambda row, new: row < len(rows) and decode.find_stop(self._continuation(*rows[row], new), stop)[1]
-        made = decode.complete(
-            self.objective, self._decode_params[1], ids + ids[-1:] * extra, max_new_tokens=max_new_tokens,
-            sampling=decode.Sampling(temperature, top_k, top_p, self.tokenizer.vocab_size, min_p, repetition_penalty),
-            seeds=(seed + np.arange(n * (len(ids) + extra))) % 2**32, n=n, stopped=stopped if stop else None,
-            stop_ids=(start, end) if stop_at_end else ())
-        texts = [self._continuation(*row, each.tokens) for row, each in zip(rows, made)]
+        sampling = decode.Sampling(temperature, top_k, top_p, self.tokenizer.vocab_size, min_p, repetition_penalty)
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))   # like lengths together: little padding
+        at_once = min(n, self._batch_size)              # continuations of a prompt in a batch
+        width = max(self._batch_size // at_once, self._parts)   # prompts in a batch
+        out = [None] * (len(prompts) * n)
+        for begin in range(0, len(order), width):
+            chosen = order[begin : begin + width]
+            # As many rows as the mesh needs; a last batch as many as those before it, which is no new shape.
+            rows = width if len(order) > width else -(-len(chosen) // self._parts) * self._parts
+            padded = chosen + chosen[-1:] * (rows - len(chosen))
+            for first in range(0, n, at_once):
+                which = [i * n + j for i in padded for j in range(first, min(first + at_once, n))]
+                stopped = lambda row, new: decode.find_stop(text(which[row], new), stop)[1]
+                made = decode.complete(
+                    self.objective, self._decode_params[1], [prompts[i] for i in padded],
+                    max_new_tokens=max_new_tokens, sampling=sampling, seeds=(seed + np.array(which)) % 2**32,
+                    n=len(which) // rows, logprobs=logprobs, stopped=stopped if stop else None, stop_ids=stop_ids)
+                for i, each in zip(which, made):
+                    out[i] = each
+        return out
+
+    def generate(self, prompts, *, n: int = 1, stop=(), stop_at_end: bool = True, **how) -> list[str]:
+        """Returns n texts that continue each prompt, without the prompt: those of a prompt follow each other.
+
+        A prompt is a text, or a chat: a list of {"role": ..., "content": ...} that the tokenizer's template renders.
+
+        Args:
+          stop: strings that end a text and are not part of it.
+          stop_at_end: the end-of-text token ends a text early.
+          how: max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, as in `complete`.
+        """
+        prompts = prompts if isinstance(prompts, (str, bytes)) else list(prompts)
+        ids, stop = self.prompt_ids(prompts), _texts("stop", stop)
+        text = lambda i, new: self._continuation(prompts[i // n], ids[i // n], new)
+        made = self.complete(ids, n=n, stop=stop, text=text, **how,
+                             stop_ids=document_ends(self.tokenizer) if stop_at_end else ())
+        texts = [text(i, each.tokens) for i, each in enumerate(made)]
         ends = [decode.find_stop(text, stop) for text in texts]
         return [text[:at] if found else text for text, (at, found) in zip(texts, ends)]
+
+    def encode(self, texts) -> list[np.ndarray]:
+        """Returns the token ids of each text, int32 [n], as other libraries read it; see `scoring.encode`."""
+        return scoring.encode(self.tokenizer, _texts("texts", texts))
+
+    def prompt_ids(self, prompts) -> list[np.ndarray]:
+        """Returns the token ids, int32 [n], that `generate` continues for each prompt, text or chat.
+
+        A text follows the token that documents began with in training, where that was here; a chat, and all prompts
+        of weights from elsewhere, are what `encode` makes of them.
+        """
+        if not isinstance(prompts, (str, bytes)):
+            prompts = list(prompts)
+            chats = [isinstance(p, list) for p in prompts]
+            prompts = [self.tokenizer.chat(p) if chat else p for p, chat in zip(prompts, chats)]
+        texts, (start, _) = _texts("prompts", prompts), document_ends(self.tokenizer)
+        begun = lambda text: np.array([start, *self.tokenizer.encode(text)], np.int32)
+        return [begun(text) if (self.config.data.train and not chat) or not len(ids) else ids
+                for text, chat, ids in zip(texts, chats, self.encode(texts))]
 
     def embed(self, texts) -> np.ndarray:
         """Returns float32 [n, D]: the mean hidden state over each text's tokens (the first that fit the context)."""
@@ -158,13 +214,14 @@ class Pretrained:
         return np.array(out, np.float32).reshape(len(out), self.objective.arch.embed_dim)
 
     def _continuation(self, prompt, ids, new):
-        """Returns the text of the tokens `new` behind `ids`, those of the prompt.
+        """Returns the text of the tokens `new` behind `ids`, those of the prompt (text or chat).
 
         Decoded alone they would lose the space before the first word, where a tokenizer adds one to every text and
         takes it off again. Where it does not give the prompt back as it was, its own version of it is cut off.
         """
         whole = self.tokenizer.decode(np.concatenate([ids, new]))
-        before = prompt if whole.startswith(prompt) else os.path.commonprefix([whole, self.tokenizer.decode(ids)])
+        same = isinstance(prompt, str) and whole.startswith(prompt)
+        before = prompt if same else os.path.commonprefix([whole, self.tokenizer.decode(ids)])
         return whole[len(before):]
 
     def _checked(self, tokens):

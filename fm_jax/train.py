@@ -44,6 +44,7 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
     data = batches.open_batches(config, objective, **hosts)
     held_out = batches.open_batches(config, objective, split="validation", **hosts) if config.eval.every else None
     program = Program(config, objective, layout)
+    tasks = _open_tasks(config, tokenizer, objective) if config.eval.tasks else None
     if config.checkpoint.keep_best:
         _check_best(config, program)
     described = dict(tokenizer=tokenizer, data=batches.fingerprints(config))
@@ -53,7 +54,8 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
     tokens = config.batch_size * objective.tokens_per_example
     flops = config.batch_size * objective.flops_per_example
     late, clock, train_sums = metrics.Late(), metrics.Clock(), metrics.Sums()
-    due = lambda section, step: section.every and (step % section.every == 0 or step == config.steps)
+    due = lambda every, step: every and (step % every == 0 or step == config.steps)
+    tasks_every = config.eval.tasks_every if tasks else 0
 
     def validate(state, step):
         """Returns the held-out means, written and shown; {} where the run is told to stop: that does not wait."""
@@ -67,6 +69,13 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
         progress.note(f"step {step}: validation {text}")
         writer.write(step, values)
         return values
+
+    def evaluate(state, step):
+        """Writes and shows what `config.eval.tasks` find, but where the run is told to stop."""
+        values = _evaluate(config, tokenizer, objective, program.eval_params(state), tasks, stop)
+        if not stop:
+            progress.note(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+            writer.write(step, values)
 
     def log(late):
         """Adds up a step's metrics; writes and shows their means every `log.every` steps. Returns a bad step."""
@@ -109,8 +118,10 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
             progress.note(f"all {config.steps} steps are done; a longer run: --config.steps=N")
         # Validation metrics: the last ones, and those of the present step, which its checkpoint keeps.
         last = here = {k: v for k, v in writer.start.items() if k.startswith("validation/")}
-        if start and due(config.eval, start) and not last:   # a stop cut it short
+        if start and due(config.eval.every, start) and not last:   # a stop cut it short
             last = here = validate(state, start)
+        if start and due(tasks_every, start) and not any(k.startswith("eval/") for k in writer.start):
+            evaluate(state, start)
         began, step, bad, batch_at = time.monotonic(), start, None, data.iterate(start)
         while step < config.steps and not (bad or stop):
             traced(step, state.step)
@@ -120,13 +131,15 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
                 progress.note(f"first step after {time.monotonic() - began:.1f} s")
             bad = log(late.push(step, values))
             step, here = step + 1, {}
-            if due(config.eval, step) or due(config.checkpoint, step):
+            if due(config.eval.every, step) or due(config.checkpoint.every, step) or due(tasks_every, step):
                 bad = bad or log(late.flush())
                 with clock.pause():
-                    if due(config.eval, step) and not bad:
+                    if due(config.eval.every, step) and not bad:
                         here = validate(state, step)
                         last = here or last
-                    if due(config.checkpoint, step) and not bad:
+                    if due(tasks_every, step) and not bad:
+                        evaluate(state, step)
+                    if due(config.checkpoint.every, step) and not bad:
                         checkpoints.save(step, state, here)
         bad = bad or log(late.flush())
         if bad:
@@ -141,6 +154,43 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
         if stop[0] == "SIGINT":
             raise KeyboardInterrupt   # what called this, a script or a notebook, is meant to stop as well
     return last
+
+
+def _open_tasks(config, tokenizer, objective):
+    """Returns ({name: task}, {name: group}) of `config.eval.tasks`. Raises UserError for what would fail later."""
+    import jax
+
+    from fm_jax import pretrained
+    from fm_jax.evals import names, requests
+
+    if jax.process_count() > 1 or not {"trees", "score", "decode"} <= set(objective.predict):
+        raise UserError(f"config.eval.tasks={','.join(config.eval.tasks)}: tasks are evaluated in the training of "
+                        "language models by one process; evaluate the checkpoints by fm_jax.evaluate instead")
+    try:
+        tasks, groups = names.load(config.eval.tasks)
+        for task in tasks.values():
+            requests.prepare(pretrained.Pretrained(config, tokenizer, objective, None), task,
+                             limit=config.eval.tasks_limit)
+    except UserError as error:
+        raise UserError(f"config.eval.tasks: {error}") from error
+    return tasks, groups
+
+
+def _evaluate(config, tokenizer, objective, params, opened, stop):
+    """Returns {"eval/TASK/METRIC": value}, of groups too. Does no further task once `stop` has something in it."""
+    from fm_jax import pretrained
+    from fm_jax.evals import requests, results
+
+    tasks, groups = opened
+    # Made anew, so that nothing of these parameters stays behind.
+    lm, found = pretrained.Pretrained(config, tokenizer, objective, params), {}
+    for name, task in tasks.items():
+        if stop:
+            return {}
+        found[name] = requests.evaluate(lm, task, limit=config.eval.tasks_limit, bootstrap_iters=0)._asdict()
+    found |= {name: {"metrics": results.aggregate(group, found)} for name, group in groups.items()}
+    return {f"eval/{name}/{metric.removesuffix(',none')}": value for name, result in found.items()
+            for metric, value in result["metrics"].items() if "," in metric and "_stderr," not in metric}
 
 
 def _check_best(config, program):

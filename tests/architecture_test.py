@@ -21,8 +21,8 @@ LAYERS = (
     ("kernels", "model", "frontends", "tokenizer"),
     ("objectives", "data", "optim", "checkpoint", "metrics", "gguf"),
     ("decode", "hf", "scoring", "step"),
-    ("pretrained", "evals"),
-    ("train", "evaluate", "generate", "plan", "benchmark", "prepare", "report", "convert"),
+    ("pretrained", "evals", "engine"),
+    ("train", "evaluate", "generate", "serve", "lm_eval", "plan", "benchmark", "prepare", "report", "convert"),
 )
 SAME_LAYER = {
     ("architecture", "errors"), ("config", "errors"), ("config", "architecture"), ("tree", "errors"),

@@ -19,7 +19,7 @@ from fm_jax import evaluate as evaluate_module
 from fm_jax import objectives, plan, report, sharding
 from fm_jax.architecture import SIZES, Architecture
 from fm_jax.data import prepared
-from fm_jax.evals import tasks
+from fm_jax.evals import journal, names, tasks, yaml_task
 from fm_jax.step import Program
 
 FLAGS = {"train": ("config", "workdir", "profile"), "evaluate": ("workdir", "tasks", "limit"),
@@ -208,6 +208,21 @@ def test_generate_reads_prompt_files_and_stops(inline, tiny_run, tmp_path):
     assert cut.removesuffix("\n").split("\n---\n") == shorter != texts
 
 
+def test_generate_chats_and_says_what_it_cuts(inline, tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run[0], tmp_path / "run")
+    request = [f"--workdir={folder}", "--max_new_tokens=8", "--chat", "--system=Be brief."]
+    assert "no chat template" in inline("generate", *request, "--prompt=Hi")[2]
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}assistant:"
+    (folder / "tokenizer" / "chat_template.jinja").write_text(template)
+    code, out, err = inline("generate", *request, "--prompt=Hi", "--n=2")
+    (want,) = fm_jax.load(folder).generate([[{"role": "system", "content": "Be brief."},
+                                             {"role": "user", "content": "Hi"}]], max_new_tokens=8)
+    assert (code, out, err) == (0, f"{want}\n---\n{want}\n", "")   # the answers alone
+    code, out, err = inline("generate", *request, "--prompt=Hi", f"--prompt={'x' * 300}")
+    assert code == 0 and err == ("1 of 2 prompts are cut at their left to the 248 tokens that --max_new_tokens=8 "
+                                 "leaves in the model's context\n")
+
+
 @pytest.mark.parametrize("content, message", [
     ('{"prompt": 3}', "p.jsonl:1: expected {"), ("To be", "p.jsonl:1: not JSON"), ("\n", "p.jsonl is empty"),
     (None, "p.jsonl: [Errno 2]")])
@@ -223,7 +238,8 @@ def test_generate_refuses_a_prompt_file(content, message, inline, tiny_run, tmp_
     (["--stop="], "stop=''"), (["--max_new_tokens=256"], "max_new_tokens=256 must be from 1 to 255"),
     (["--max_new_tokens=0"], "max_new_tokens"), (["--temperature=-1"], "temperature=-1.0 must be"),
     (["--top_p=0"], "top_p=0.0 must be above 0"), (["--top_k=-1"], "top_k=-1 must be"), (["--step=5"], "unknown 5"),
-    (["--prompt"], "prompt"), (["--mesh=fdsp=2"], "--mesh=fdsp=2: axis: unknown 'fdsp'; did you mean 'fsdp'?"),
+    (["--prompt"], "prompt"), (["--system=x"], "add --chat"),
+    (["--mesh=fdsp=2"], "--mesh=fdsp=2: axis: unknown 'fdsp'; did you mean 'fsdp'?"),
     (["--mesh=data=16"], "needs 16 devices, this machine (cpu) has 8")])
 def test_generate_refuses(flags, message, inline, tiny_run):
     code, _, err = inline("generate", f"--workdir={tiny_run[0]}", "--prompt=a", *flags)
@@ -284,7 +300,8 @@ def test_evaluate_names_the_file_that_it_cannot_write(inline, run, monkeypatch):
     monkeypatch.setattr(pathlib.Path, "write_text", full)
     code, _, err = inline("evaluate", f"--workdir={run}", "--tasks=perplexity")
     assert code == 2 and "No space left on device" in err and "'bits_per_byte': 1.5" in err, err
-    assert [p.name for p in folder.iterdir()] == ["perplexity.json"]
+    # The answers are kept: once there is room, none is asked for again.
+    assert sorted(p.name for p in folder.iterdir()) == ["perplexity.json", "perplexity.json.partial"]
     assert (folder / "perplexity.json").read_bytes() == b"earlier"
 
 
@@ -344,6 +361,71 @@ def test_evaluate_runs_a_task_file(inline, tiny_run, task_file, tmp_path):
     assert not list(pathlib.Path(tiny_run[0]).rglob("next_letter*"))
 
 
+def test_evaluate_aggregates_a_group(inline, tiny_run, task_file, tmp_path):
+    """Beside each task; the group's file is made of theirs."""
+    other = task_file.read_text().replace("next_letter", "again").replace('"{{q}}"', '"{{q}} {{q}}"')
+    (tmp_path / "again.yaml").write_text(other)
+    (tmp_path / "both.yaml").write_text("group: both\ntask: [next_letter, again]\naggregate_metric_list:\n"
+                                        "  - metric: acc\nmetadata: {version: 3}\n")
+    code, out, err = inline("evaluate", f"--workdir={tiny_run[0]}", f"--tasks={tmp_path / 'both.yaml'}",
+                            f"--output={tmp_path / 'r'}", "--num_fewshot=0")
+    assert code == 0, err
+    found = {name: json.loads((tmp_path / "r" / f"{name}_0shot.json").read_text())
+             for name in ("next_letter", "again", "both")}
+    acc = (found["next_letter"]["metrics"]["acc,none"] + found["again"]["metrics"]["acc,none"]) / 2
+    assert found["both"]["metrics"]["acc,none"] == acc and found["both"]["metrics"]["documents"] == 4
+    assert found["both"]["tasks"] == ["next_letter", "again"]
+    assert [line.split()[0] for line in out.splitlines() if " acc " in line] == ["next_letter", "again", "both"]
+    tasks, groups = (tmp_path / "r" / "results.md").read_text().split("\n\n")
+    assert tasks.count(" acc ") == 2 and f"| both | 3 | none | 0 | acc | ↑ | {acc:.4f} | ± | " in groups
+
+
+def test_evaluate_asks_as_a_chat(inline, run, task_file, tmp_path):
+    flags = ("evaluate", f"--workdir={run}", f"--tasks={task_file}", f"--output={tmp_path / 'r'}", "--chat",
+             "--num_fewshot=1", "--system_instruction=Go")
+    code, _, err = inline(*flags)
+    assert code == 2 and "chat template" in err and err.count("\n") == 1, err
+    (run / "tokenizer" / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>")
+    asked = {}
+    for extra in ((), ("--nofewshot_as_multiturn",)):
+        code, _, err = inline(*flags, *extra)
+        assert code == 0, err
+        found = json.loads((tmp_path / "r" / "next_letter_1shot_chat.json").read_text())
+        asked[extra] = [pair for sample in found["samples"] for pair in sample["arguments"]][0]
+    assert asked[()] == ["<system>Go<user>m n o<assistant>p<user>a b c<assistant>", "d"]
+    assert asked["--nofewshot_as_multiturn",] == ["<system>Go<user>m n o p\n\na b c<assistant>", "d"]
+    assert found["chat"] == {"system_instruction": "Go", "fewshot_as_multiturn": False}
+    with open(run / "tokenizer" / "chat_template.jinja", "a") as file:
+        file.write("!")
+    assert "taken as it is" not in inline(*flags, "--nofewshot_as_multiturn")[1]   # another template, other prompts
+    for wrong, message in ((["--system_instruction=Go"], "are of chats; add --chat"),
+                           (["--chat", "--tasks=perplexity"], "built-in tasks are not asked as chats; leave out perp")):
+        code, _, err = inline("evaluate", f"--workdir={run}", *wrong)
+        assert code == 2 and message in err, err
+
+
+def test_evaluate_lists_and_prints_tasks(command, inline, tmp_path):
+    """A printed file stands alone: the same task again."""
+    code, out, _ = inline("evaluate", "--list_tasks")
+    assert code == 0 and re.search(r"^perplexity +bits per byte, ", out, re.MULTILINE)
+    assert re.search(r"^piqa +which of two ways", out, re.MULTILINE) and out.count("mmlu_") >= 61
+    for name in ("piqa", "mmlu_anatomy"):
+        code, out, _ = inline("evaluate", f"--print_task={name}")
+        (tmp_path / "mine.yaml").write_text(out)
+        assert code == 0 and yaml_task.read(tmp_path / "mine.yaml") == names.find([name])[0][name].fields
+        assert "include" not in out
+    code, out, err = inline("evaluate", "--print_task=piqaa")
+    assert code == 2 and "did you mean 'piqa'" in err
+
+
+def test_another_tokenizer_than_the_runs_is_refused(inline, run):
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(about | {"tokenizer": "0" * 64}))
+    code, _, err = inline("evaluate", f"--workdir={run}")
+    assert code == 2 and "is not the tokenizer of the checkpoints, which by run.json has sha256 000000000000" in err
+
+
 def test_evaluate_goes_on_where_it_stopped(inline, run, task_file, monkeypatch):
     """What is there is kept while it is of the same model, task and settings; half a file is not."""
     evaluate = lambda *flags: inline("evaluate", f"--workdir={run}", f"--tasks=perplexity,{task_file}", "--limit=1",
@@ -374,6 +456,29 @@ def test_evaluate_goes_on_where_it_stopped(inline, run, task_file, monkeypatch):
         changed = [*leaves[:i], leaf.at[at].add(0.001), *leaves[i + 1 :]]
         assert evaluate_module.parameters_mark(changed) != mark
     assert evaluate_module.parameters_mark(fm_jax.load(run, step=12, mesh={"fsdp": 4, "tensor": 2}).params) == mark
+
+
+def test_evaluate_goes_on_within_a_task(inline, run, monkeypatch):
+    """Killed between two documents, it asks only for the others, and finds the same."""
+    flags = ("evaluate", f"--workdir={run}", "--tasks=perplexity", "--limit=4", f"--output={run / 'r'}")
+    monkeypatch.setattr(journal, "TEXTS", 1)
+    assert inline(*flags)[0] == 0
+    want = json.loads((run / "r" / "perplexity_limit4.json").read_text())
+    (run / "r" / "perplexity_limit4.json").unlink()
+    score, asked = fm_jax.pretrained.Pretrained.score_texts, []
+
+    def killed(lm, texts):
+        asked.extend(texts)
+        if len(asked) == 3:
+            raise MemoryError
+        return score(lm, texts)
+    monkeypatch.setattr(fm_jax.pretrained.Pretrained, "score_texts", killed)
+    with pytest.raises(MemoryError):
+        evaluate_module.evaluate(run, ["perplexity"], limit=4, output=str(run / "r"))
+    assert inline(*flags)[0] == 0
+    found = json.loads((run / "r" / "perplexity_limit4.json").read_text())
+    assert found == want and len(asked) == 5 and len(set(asked)) == 4
+    assert sorted(p.name for p in (run / "r").iterdir()) == ["perplexity_limit4.json", "results.md"]
 
 
 def test_evaluate_takes_patterns(inline, run):

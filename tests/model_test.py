@@ -138,6 +138,72 @@ def test_local_layers_store_their_window_alone(window):
         cache = cache._replace(length_B=jnp.asarray(done, jnp.int32))
 
 
+def forest(seed, T):
+    """Returns (parent of each token or -1, index of the last token below it) of trees in depth-first order."""
+    rng, parents, path = np.random.default_rng(seed), [], []
+    for t in range(T):
+        path = path[: rng.integers(len(path) + 1)] if rng.random() < 0.3 else path
+        parents.append(path[-1] if path else -1)
+        path = path + [t]
+    last = np.arange(T)
+    for t in reversed(range(T)):
+        if parents[t] >= 0:
+            last[parents[t]] = max(last[parents[t]], last[t])
+    return parents, last
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if VARIANTS[v].get("causal", True)])
+def test_trees_equal_their_paths(variant):
+    """Rows of trees, alone and behind a trunk: each token's logits are those at the end of its path as a sequence."""
+    arch, module, params = build(**VARIANTS[variant])
+    T, rng = 20, np.random.default_rng(6)
+    tokens, before = rng.integers(0, 37, (2, T)), rng.integers(0, 37, 6)
+    parents, last = zip(*(forest(seed, T) for seed in (1, 2)))
+    paths = [[] for _ in range(2)]
+    for row in range(2):
+        for t in range(T):
+            paths[row].append([*(paths[row][parents[row][t]] if parents[row][t] >= 0 else []), t])
+    depth = np.array([[len(p) - 1 for p in row] for row in paths])
+    assert depth.max() > 6 and (depth == 0).sum() > 3
+    whole, _, taps = run(module, params, np.pad(before, (0, 2))[None], capture=("k", "v"))
+    trunk = model.Trunk(taps["k"][:, 0], taps["v"][:, 0], jnp.int32(6))   # of its 8 places, two are not real
+    for start, kwargs in ((0, {}), (6, {"trunk": trunk})):
+        got, _, _ = run(module, params, tokens, positions_BT=jnp.asarray(depth + start), last_BT=jnp.asarray(last), **kwargs)
+        alone = [np.concatenate([before[:start], tokens[row, path]]) for row in range(2) for path in paths[row]]
+        want, _, _ = run(module, params, np.stack([np.pad(ids, (0, 32 - len(ids))) for ids in alone]))
+        want = [logits[len(ids) - 1] for logits, ids in zip(want, alone)]
+        np.testing.assert_allclose(got.reshape(2 * T, -1), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma"])
+def test_trees_in_chunks_equal_their_definition(variant):
+    """More queries than a chunk has, behind a trunk of a length that no chunk divides."""
+    T, rng = 300, np.random.default_rng(7)
+    tokens, (parents, last) = rng.integers(0, 37, (1, T)), forest(3, T)
+    depth = np.zeros(T, int)
+    for t in range(T):
+        depth[t] = depth[parents[t]] + 1 if parents[t] >= 0 else 5
+    results = []
+    for kernel in ("reference", "chunked"):
+        arch, module, params = build(**{**VARIANTS[variant], "attention_kernel": kernel})
+        trunk = model.Trunk(*rng_trunk(arch), jnp.int32(5))
+        results.append(run(module, params, tokens, positions_BT=jnp.asarray(depth[None]), last_BT=jnp.asarray(last[None]),
+                           trunk=trunk)[0])
+    np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-4)
+
+
+def rng_trunk(arch):
+    return np.random.default_rng(8).normal(size=(2, arch.num_layers, 7, arch.num_kv_heads, arch.head_dim)).astype("f")
+
+
+def test_trees_stand_alone():
+    arch, module, params = build()
+    spans = dict(positions_BT=jnp.zeros((2, 13), int), last_BT=jnp.tile(jnp.arange(13), (2, 1)))
+    for other in (dict(cache=model.Cache.empty(arch, 2, 16)), dict(segment_ids_BT=jnp.asarray(SEGMENTS))):
+        with pytest.raises(UserError, match="trees of tokens cannot be combined"):
+            run(module, params, TOKENS, **spans, **other)
+
+
 def test_prefix_lm_equals_naive_and_differs_from_causal():
     arch, _, params = build()
     stack = model.Transformer(arch)
@@ -224,7 +290,7 @@ def test_execution_choices_change_nothing(variant, changes):
 def test_capture_returns_what_each_sublayer_adds():
     arch, module, params = build()
     _, _, taps = run(module, params, TOKENS, capture=model.TAPS)
-    assert taps["residual"].shape == (3, 2, 13, 24)
+    assert taps["residual"].shape == (3, 2, 13, 24) and taps["k"].shape == taps["v"].shape == (3, 2, 13, 2, 10)
     np.testing.assert_allclose(taps["residual"][1] - taps["residual"][0],
                                taps["attention"][1] + taps["mlp"][1], rtol=1e-4, atol=1e-4)
 

@@ -85,6 +85,59 @@ def test_generate_continues_text(lm):
         lm.generate(["To be"], temperature=1.0, top_p=0)
 
 
+def test_completions_do_not_depend_on_the_batch(lm, monkeypatch):
+    """Seven prompts of many lengths, three continuations each: in batches of 16 rows, and one by one."""
+    prompts = [np.array([256, *b"To be or not to be, that is the question"[:k]]) for k in (40, 3, 17, 9, 30, 1, 22)]
+    how = dict(max_new_tokens=9, temperature=1.0, top_k=50, logprobs=1)
+    calls, complete = [], decode.complete
+    monkeypatch.setattr(decode, "complete", lambda *args, **kw: calls.append(len(args[2]) * kw["n"]) or complete(
+        *args, **kw))
+    together = lm.complete(prompts, n=3, seed=5, **how)
+    assert len(together) == 21 and calls == [15, 15]   # the last batch is filled up: no new shape
+    for i, each in enumerate(together):
+        (alone,) = lm.complete([prompts[i // 3]], seed=5 + i, **how)
+        np.testing.assert_array_equal(each.tokens, alone.tokens)
+        np.testing.assert_allclose(each.logprobs, alone.logprobs, atol=1e-4)   # sums of other shapes
+    many = lm.complete(prompts[:1], n=18, seed=5, **how)   # more than a batch
+    assert [m.tokens.tolist() for m in many[:3]] == [m.tokens.tolist() for m in together[:3]] and len(many) == 18
+    with pytest.raises(UserError, match="n=0 must be at least 1"):
+        lm.complete(prompts, n=0)
+
+
+def test_stop_strings_end_a_completion_with_the_token_that_completes_them(lm):
+    prompt = [np.array([256, *b"To be"])]
+    (whole,) = lm.complete(prompt, max_new_tokens=12)
+    text = lm.tokenizer.decode(whole.tokens)
+    stop = text[4:6]
+    (ended,) = lm.complete(prompt, max_new_tokens=12, stop=["never", stop])
+    assert ended.finish == "stop" and lm.tokenizer.decode(ended.tokens) == text[: text.index(stop) + 2]
+    (ended,) = lm.complete(prompt, max_new_tokens=12, stop_ids=[int(whole.tokens[5])])
+    assert ended.tokens.tolist() == whole.tokens[: whole.tokens.tolist().index(whole.tokens[5])].tolist()
+    assert lm.generate(["To be"], max_new_tokens=12, stop=[stop], stop_at_end=False) == [text[: text.index(stop)]]
+    with pytest.raises(UserError, match="an empty stop string"):
+        lm.complete(prompt, stop=[""])
+
+
+def test_prompts_begin_as_in_training_or_as_their_tokenizer_says(lm, monkeypatch):
+    template = "{% for m in messages %}{{ bos_token }}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
+    chat = [{"role": "user", "content": "Hi"}]
+    rendered = [256, *b"user:Hi", 257]
+    monkeypatch.setattr(lm.tokenizer, "chat_template", template)
+    ids = lambda lm, *prompts: [i.tolist() for i in lm.prompt_ids(prompts)]
+    assert ids(lm, "a<s>", chat, "") == [[256, *b"a<s>"], rendered, [256]]
+    config = lm.config.copy_and_resolve_references()
+    config.data.train = ""   # as of weights from elsewhere
+    other = pretrained.Pretrained(config, lm.tokenizer, lm.objective, lm.params)
+    assert ids(other, "a<s>", chat, "") == [[*b"a", 256], rendered, [256]]
+    monkeypatch.setattr(lm.tokenizer, "adds_bos", True, raising=False)
+    assert ids(other, "a", chat, "<s>a", "") == [[256, *b"a"], rendered, [256, *b"a"], [256]]
+    for bad in (chat, [3]):
+        with pytest.raises(UserError, match="prompts: expected texts, got"):
+            lm.prompt_ids(bad)
+    assert lm.generate([chat], max_new_tokens=4, stop_at_end=False) == [lm.tokenizer.decode(
+        lm.complete([np.array(rendered)], max_new_tokens=4)[0].tokens)]
+
+
 @pytest.mark.parametrize("kind", ["sentencepiece", "tokenizer.json"])
 def test_generated_text_keeps_its_spaces(kind, lm, tmp_path, monkeypatch):
     """Published tokenizers put a space before every text and take it off again."""

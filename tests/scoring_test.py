@@ -1,5 +1,6 @@
 """Log-probabilities: the rules of lm-evaluation-harness 0.4.13, and the log-softmax of whole forward passes."""
 
+import functools
 import math
 
 import jax
@@ -82,8 +83,9 @@ def test_an_empty_context_is_the_beginning_of_text():
     assert scoring.encode_pair(tokenizer, "", "ab") == ([tokenizer.bos_id], [97, 98])
 
     class NoBeginning:   # only an end; and a text that begins with it keeps it as the context
-        bos_id, eos_id = None, 7
-        encode = staticmethod(lambda text: np.array([7, 8, 9] if text.startswith("<") else [8, 9]))
+        bos_id, eos_id, adds_bos = None, 7, False
+        encode_batch = staticmethod(lambda texts, special: [np.array([7, 8, 9] if text.startswith("<") else [8, 9])
+                                                            for text in texts])
     assert scoring.encode_pair(NoBeginning, "", "ab") == ([7], [8, 9])
     assert scoring.encode_pair(NoBeginning, "", "<ab") == ([7], [8, 9])
 
@@ -97,6 +99,48 @@ def test_a_context_that_the_tokenizer_drops_is_the_beginning_of_text(tmp_path):
     assert scoring.encode_pair(tokenizer, "\u200b", " cat sat") == ([0], [1, 2])
     assert scoring.encode_pair(tokenizer, "cat", " sat") == ([1], [2])
     assert scoring.encode_pair(tokenizer, "", "\u200b") == ([0], [])   # which `score` refuses
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["begins", "plain"])
+def published(request, tmp_path_factory):
+    """Returns (whether it puts <s> before every text, a tokenizer.json of words that says so)."""
+    model = hf.Tokenizer(hf.models.WordLevel({"<s>": 0, "</s>": 1, "the": 2, "cat": 3, "sat": 4, "<unk>": 5},
+                                             unk_token="<unk>"))
+    model.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+    model.add_special_tokens(["<s>", "</s>"])
+    if request.param:
+        model.post_processor = hf.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    folder = tmp_path_factory.mktemp("published")
+    model.save(str(folder / "tokenizer.json"))
+    return request.param, tokenizers.load(folder)
+
+
+def test_special_tokens_are_read_as_the_harness_reads_them(published):
+    """Its tok_encode adds what the tokenizer's file adds, but before a text that begins with the spelling of it."""
+    begins, tokenizer = published
+    before = [0] if begins else []
+    for context, continuation, want in [
+            ("the cat", " sat", (before + [2, 3], [4])),
+            ("the</s> ", "sat", (before + [2, 1], [4])),                   # spelt, it is the token
+            ("<s> the cat", " sat", ([0, 2, 3], [4])),                     # it is there already
+            ("", "cat sat", ([0], [3, 4])), ("", "<s>cat", ([0], [3]))]:   # added by the rule for no context
+        assert scoring.encode_pair(tokenizer, context, continuation) == want
+    contexts, continuations = ["the cat", "", "the cat"], [" sat", "cat", " sat"]
+    for pair, a, b in zip(scoring.encode_pairs(tokenizer, contexts, continuations), contexts, continuations):
+        assert tuple(x.tolist() for x in pair) == scoring.encode_pair(tokenizer, a, b)
+        assert all(x.dtype == np.int32 for x in pair)
+    if begins:
+        assert scoring.encode_pair(tokenizer, " \n", "cat") == ([0], [3])   # there is a context after all
+
+
+def test_a_whole_text_is_read_with_its_beginning(published, model, monkeypatch):
+    """Where the tokenizer adds it, it is a token of the text like any other and is scored, as the harness does."""
+    begins, tokenizer = published
+    asked = []
+    monkeypatch.setattr(scoring, "score", lambda objective, params, pairs, **how: asked.extend(pairs) or [
+        scoring.Score(-1.0, True, 1)] * len(pairs))
+    scoring.score_texts(*model, tokenizer, ["the cat", "<s>sat"])
+    assert asked == [([0], ([0] if begins else []) + [2, 3]), ([0], [0, 4])]
 
 
 @pytest.mark.parametrize("context, continuation, message", [
@@ -136,6 +180,21 @@ def random_pairs(n, seed=0):
             for a, b in zip(rng.integers(1, 60, n), rng.integers(1, 20, n))]
 
 
+def naive_scores(objective, params, pairs):
+    """Returns float64 log-probabilities, each request in a forward pass of its own."""
+    longest, run = objective.arch.max_seq_len, jax.jit(objective.predict["logits"])
+    out = []
+    for context, continuation in pairs:
+        ids = [*context, *continuation][-(longest + 1):]
+        padded = np.zeros((1, longest), np.int32)
+        padded[0, : len(ids) - 1] = ids[:-1]
+        logits = np.asarray(run(params, padded), np.float64)[0, : len(ids) - 1][-len(continuation):]
+        top = logits.max(-1, keepdims=True)
+        table = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+        out.append(table[np.arange(len(continuation)), continuation].sum())
+    return np.array(out)
+
+
 def test_scores_equal_the_log_softmax_of_the_logits(model, log_softmax):
     pairs = random_pairs(9)
     # Continue some greedily, so that is_greedy is true of a few.
@@ -168,6 +227,130 @@ def test_scores_do_not_depend_on_the_batch(model):
         np.testing.assert_allclose([s.logprob for s in got], [s.logprob for s in want], rtol=0, atol=1e-4)
         assert [s.is_greedy for s in got] == [s.is_greedy for s in want]
     assert scoring.score(*model, []) == []
+
+
+def shared_pairs(seed, vocab, longest, n=60):
+    """Returns requests that share their beginnings: of all, of some, of a question; and some that share nothing."""
+    rng = np.random.default_rng(seed)
+    draw = lambda low, high: rng.integers(0, vocab, rng.integers(low, high)).tolist()
+    subject, other = draw(longest // 3, longest // 2), draw(40, 41)
+    pairs = []
+    for i in range(n):
+        shots = [subject, subject + other, subject[:3], []][rng.choice(4, p=[0.4, 0.3, 0.2, 0.1])]
+        context = shots + draw(2, longest // 4)
+        answer = draw(1, 3)
+        pairs += [(context, answer + draw(1, 6)) for _ in range(rng.integers(1, 5))]   # answers that begin alike
+        pairs += [(context, [token]) for token in rng.integers(0, vocab, 2).tolist()]
+        pairs += [(context[: -1], [*context[-1:], *answer])]                            # one within another
+    pairs += pairs[:3] + [(draw(2 * longest, 2 * longest + 1), draw(1, longest)), (subject, draw(1, 9))]
+    return [pairs[i] for i in rng.permutation(len(pairs))]
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+@pytest.mark.parametrize("seed", range(6))
+def test_batches_are_the_requests_laid_out(seed, batch_size):
+    """By sets instead of intervals: what a token may see, in order, is the request up to it; each is read once."""
+    longest = (96, 300, 1500)[seed % 3]
+    pairs = shared_pairs(seed, (2, 50)[seed % 2], longest, n=(60, 60, 12)[seed % 3])
+    inputs = [np.array([*a, *b][:-1], np.int32)[-longest:] for a, b in pairs]
+    targets = [np.array(b, np.int32) for _, b in pairs]
+    trunk, found, computed = [], {}, 0
+    for batch in scoring.batches(inputs, targets, batch_size, 2):
+        B, T = batch.tokens_BT.shape
+        assert T == scoring.bucket(T) and B % 2 == 0
+        assert batch.trunk <= len(trunk)
+        paths = {}
+        for place in np.unique(batch.places_N).tolist() + ([batch.kept - 1] if batch.kept else []):
+            row, t = divmod(place, T)
+            seen = np.flatnonzero(batch.last_BT[row, : t + 1] >= t)
+            assert (batch.positions_BT[row, seen] == np.arange(batch.trunk, batch.trunk + len(seen))).all()
+            paths[place] = trunk[: batch.trunk] + batch.tokens_BT[row, seen].tolist()
+        for place, target, owner in zip(batch.places_N.tolist(), batch.targets_N.tolist(), batch.owners_N.tolist()):
+            depth = len(paths[place])
+            assert inputs[owner][:depth].tolist() == paths[place]
+            assert (owner, depth) not in found
+            found[owner, depth] = target
+        if batch.kept:
+            trunk = paths[batch.kept - 1]
+        computed += batch.computed
+    want = {(i, len(ids) - len(t) + 1 + k): t[k] for i, (ids, t) in enumerate(zip(inputs, targets))
+            for k in range(len(t))}
+    assert found == want
+    distinct = {tuple(ids[:n]) for ids in inputs for n in range(1, len(ids) + 1)}
+    assert computed <= 1.25 * len(distinct)   # beginnings shorter than SHORTEST_TRUNK are repeated
+
+
+SCHEMES = {   # model_test.py has every one the core knows
+    "rope, grouped": {}, "learned, unrolled": dict(position="learned", norm="layernorm", norm_bias=True,
+                                                   scan_layers=False),
+    "windows, softcaps": dict(layer_pattern=("local", "local", "global"), num_layers=4, window=70, qk_norm="head",
+                              rope_local_theta=100.0, attention_softcap=2.0, logit_softcap=3.0),
+}
+
+
+@functools.cache
+def scheme(name, mesh=()):
+    """Returns (objective, random parameters) of a model of 40 tokens."""
+    c = config_lib.defaults()
+    c.model.update(**{**dict(vocab_size=40, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=32,
+                             max_seq_len=192), **SCHEMES[name]})
+    c.seq_len = 192
+    layout = sharding.Layout(sharding.make_mesh(dict(mesh))) if mesh else None
+    objective = objectives.load(config_lib.resolve(c), None, layout)
+    shapes, axes = sharding.unbox(jax.eval_shape(objective.init, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: rng.normal(0, 0.4, s.shape).astype(s.dtype), shapes)
+    return objective, jax.device_put(params, layout.parameters(params, axes)) if layout else params
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_packing_changes_no_score(name, monkeypatch):
+    """Branches of one row, several questions in a row, a trunk before them: as each request alone, to 1e-4."""
+    monkeypatch.setattr(scoring, "LONGEST_TREE", 100)   # so that a few requests need a trunk, and another within
+    model, pairs, work = scheme(name), shared_pairs(0, 40, 192, n=15), scoring.Work()
+    got = scoring.score(*model, pairs, work=work)
+    np.testing.assert_allclose([s.logprob for s in got], naive_scores(*model, pairs), rtol=0, atol=1e-4)
+    assert any("kept" in shape and " on " in shape for shape in work.shapes)
+    assert work.truncated == 1
+
+
+def test_trunks_of_one_length_are_told_apart(monkeypatch):
+    monkeypatch.setattr(scoring, "LONGEST_TREE", 100)
+    model, rng, work = scheme("rope, grouped"), np.random.default_rng(3), scoring.Work()
+    subjects = rng.integers(0, 40, (3, 60)).tolist()
+    pairs = [(subject + rng.integers(0, 40, 20).tolist(), [1, 2]) for subject in subjects for _ in range(8)]
+    got = scoring.score(*model, pairs, work=work)
+    assert work.shapes["1x64 kept"] == 3
+    np.testing.assert_allclose([s.logprob for s in got], naive_scores(*model, pairs), rtol=0, atol=1e-4)
+
+
+def test_a_mesh_or_a_batch_size_changes_no_score(monkeypatch):
+    monkeypatch.setattr(scoring, "LONGEST_TREE", 100)
+    pairs = shared_pairs(1, 40, 192, n=15)
+    mesh = (("data", 2), ("fsdp", 2), ("tensor", 2))
+    want, *others = (scoring.score(*scheme("rope, grouped", m), pairs, batch_size=n)
+                     for m, n in (((), 16), ((), 3), (mesh, 16)))
+    for got in others:
+        np.testing.assert_allclose([s.logprob for s in got], [s.logprob for s in want], rtol=0, atol=1e-4)
+        assert [s.is_greedy for s in got] == [s.is_greedy for s in want]
+
+
+def test_what_requests_share_is_computed_once():
+    model, work = scheme("rope, grouped"), scoring.Work()
+    context, other = list(range(30)), list(range(5, 40)) * 3
+    four = [(context, [token]) for token in (3, 1, 4, 1)]                    # the letters of a multiple choice
+    scoring.score(*model, four + four, work=work)
+    assert (work.requests, work.tokens, work.computed, work.places) == (8, 240, 30, 64)
+    assert work.shapes == {"1x64": 1}
+    work = scoring.Work()
+    scoring.score(*model, [(context, [7, 8, 9]), (context, [7, 5]), (other, [1, 2])], work=work)
+    assert work.computed == 30 + 2 + 105 + 1   # the 7 is one too; what follows the last token is not read
+    assert "3 requests" in str(work) and "1x256 (1)" in str(work)
+    rng, work = np.random.default_rng(0), scoring.Work()
+    pairs = [(other + rng.integers(0, 40, 20).tolist(), [1, 2]) for _ in range(100)]
+    scoring.score(*model, pairs, work=work)
+    distinct = 105 + len({tuple(a[105 : n + 1]) for a, _ in pairs for n in range(105, 125)}) + 100
+    assert distinct <= work.computed < 1.05 * distinct and work.places < 1.3 * work.computed
 
 
 def test_texts_are_scored_whole(model, log_softmax):
@@ -207,7 +390,8 @@ def test_a_continuation_of_nothing_is_refused(model):
 def test_a_tokenizer_without_ends_is_named(model):
     class Endless:
         bos_id = eos_id = None
-        encode = staticmethod(lambda text: np.array([8, 9]))
+        adds_bos = False
+        encode_batch = staticmethod(lambda texts, special: [np.array([8, 9]) for _ in texts])
     for score in (lambda: scoring.encode_pair(Endless, "", "ab"), lambda: scoring.score_texts(*model, Endless, ["ab"])):
         with pytest.raises(UserError, match="no beginning- or end-of-text token"):
             score()

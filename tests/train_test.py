@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from fm_jax import checkpoint, config as config_lib, metrics, objectives, sharding, tree
+from fm_jax import checkpoint, config as config_lib, evaluate as evaluate_lib, metrics, objectives, sharding, tree
 from fm_jax import train as train_lib
 from fm_jax.data import batches, documents, prepared
 from fm_jax.errors import UserError
@@ -221,6 +221,76 @@ def test_no_validation_needs_no_held_out_text(tiny_run, tiny_flags, data, tmp_pa
     assert train_lib.train(config, tmp_path / "run") == {}
     assert [r["step"] for r in rows(tmp_path / "run")] == [1, 2, 3] and not rows(tmp_path / "run", "validation/")
     assert checkpoint.steps(tmp_path / "run") == [3]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Returns a file of a group of two tasks, of choices and of generated text."""
+    folder = tmp_path_factory.mktemp("tasks")
+    docs = [{"q": f"{'To be ' * i}or not", "options": ["to be", f"be {i}"], "label": i % 2} for i in range(5)]
+    (folder / "test.jsonl").write_text("".join(json.dumps(d) + "\n" for d in docs))
+    base = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "test.jsonl")}},
+            "test_split": "test", "doc_to_text": "Q: {{q}}\nA:", "doc_to_target": "label", "num_fewshot": 0}
+    kinds = {"choice": {"output_type": "multiple_choice", "doc_to_choice": "options",
+                        "metric_list": [{"metric": "acc"}, {"metric": "brier_score"}]},
+             "said": {"output_type": "generate_until", "metric_list": [{"metric": "rouge1"}],
+                      "generation_kwargs": {"max_gen_toks": 5}}}
+    for name, fields in kinds.items():
+        (folder / f"{name}.yaml").write_text(json.dumps(base | fields | {"task": name}))
+    (folder / "both.yaml").write_text(json.dumps({"group": "both", "task": list(kinds), "aggregate_metric_list": [
+        {"metric": "acc"}]}))
+    return folder / "both.yaml"
+
+
+@pytest.mark.parametrize("mesh", [{"mesh__data": 1}, {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}])
+def test_tasks_are_evaluated_on_the_way(mesh, tasks, tiny_flags, tmp_path, monkeypatch):
+    """As the checkpoints of those steps are afterwards, on one device; and compiled once."""
+    compiled, after, evaluate = [], [], train_lib._evaluate
+    listen = lambda name, *_, **__: name.endswith("backend_compile_duration") and compiled.append(name)
+
+    def counted(*args):
+        before = len(compiled)
+        values = evaluate(*args)
+        after.append(len(compiled) - before)
+        return values
+
+    monkeypatch.setattr(train_lib, "_evaluate", counted)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    config = short_config(tiny_flags, **mesh, eval__tasks=(str(tasks),), eval__tasks_every=4, eval__tasks_limit=4)
+    train_lib.train(config, tmp_path / "run")
+    found = {r.pop("step"): r for r in rows(tmp_path / "run", "eval/")}
+    assert sorted(found) == [4, 8, 12] and len(after) == 3 and after[0] > 0 and after[1:] == [0, 0], after
+    for step, got in found.items():
+        results = evaluate_lib.evaluate(tmp_path / "run", [str(tasks)], step=step, limit=4)
+        want = {f"eval/{name}/{key.partition(',')[0]}": results[name][key] for name, key in [
+            ("choice", "acc,none"), ("choice", "brier_score,none"), ("said", "rouge1,none"), ("both", "acc,none")]}
+        assert got == pytest.approx(want, abs=1e-6)
+
+
+def test_tasks_that_a_stop_cut_short_are_evaluated_by_the_next_start(tasks, tiny_flags, tmp_path, monkeypatch):
+    run, flags = tmp_path / "run", dict(eval__tasks=(str(tasks),), eval__tasks_every=3, eval__tasks_limit=2, steps=3)
+    monkeypatch.setattr(train_lib, "_evaluate", lambda *args: args[-1].append("SIGTERM") or {})
+    train_lib.train(short_config(tiny_flags, **flags), run)
+    assert not rows(run, "eval/") and checkpoint.steps(run) == [3]
+    monkeypatch.undo()
+    train_lib.train(short_config(tiny_flags, **flags), run)
+    assert [r["step"] for r in rows(run, "eval/")] == [3]
+
+
+def test_tasks_that_cannot_be_evaluated_are_refused_at_the_start(tasks, inline, tiny_flags, tmp_path):
+    wrong = tmp_path / "wrong.yaml"
+    fields = json.loads(tasks.with_name("said.yaml").read_text())
+    for changes, message in [
+            (None, "cannot read the task"), ({"doc_to_text": "{{nothing}}"}, "'nothing' is undefined"),
+            ({"generation_kwargs": {"max_gen_toks": 256}}, "max_gen_toks 256 leaves no room"),
+            ({"metric_list": [{"metric": "rogue1"}]}, "did you mean 'rouge1'")]:
+        if changes:
+            wrong.write_text(json.dumps(fields | changes))
+        code, _, err = inline("train", *tiny_flags, f"--workdir={tmp_path / 'run'}", f"--config.eval.tasks={wrong}")
+        assert code == 2 and "config.eval.tasks: " in err and message in err and err.count("\n") == 1, err
+        assert not (tmp_path / "run").exists()
+    code, _, err = inline("train", *tiny_flags, f"--workdir={tmp_path / 'run'}", "--config.eval.tasks=piqaa")
+    assert code == 2 and "did you mean 'piqa'" in err
 
 
 def test_the_average_can_be_switched_on_and_off_on_the_way(inline, tiny_run, tiny_flags, tmp_path):

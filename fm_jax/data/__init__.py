@@ -3,6 +3,7 @@
   catalogue.py   demo data by name: pinned, fetched from package registries, cached
   documents.py   JSONL, Parquet, plain text and the catalogue as one stream of documents
   prepared.py    the folder of tokenized shards: making it, checking it, reading rows from it
+  questions.py   benchmarks by name, for evaluation alone
   mixture.py     example index -> (source, epoch, row): weighted mixtures and shuffling as arithmetic
   batches.py     batch t of a run as a pure function of (config, seed, t), prefetched by Grain
 """

@@ -355,6 +355,11 @@ def _write_split(folder, split, spool, tokenizer, shard_tokens, workers, progres
             "bytes": sum(s["bytes"] for s in shards.entries), "shards": shards.entries}
 
 
+def held_out(text: str, validation_frac: float) -> bool:
+    """Returns whether `prepare` holds a document out."""
+    return int.from_bytes(_digest(text.encode())[:8], "big") < int(validation_frac * 2 ** 64)
+
+
 def _digest(data):
     return hashlib.blake2b(data, digest_size=16).digest()
 

@@ -141,8 +141,8 @@ def from_fields(filter_list, output_type: str, path: str) -> tuple[tuple[str, tu
     return tuple(pipelines)
 
 
-def apply(steps, answers: list[list[str]], docs: list[dict], path: str, name: str) -> list[str]:
-    """Returns the one answer to each question that a pipeline's steps leave.
+def apply(steps, answers: list[list[str]], docs: list[dict], path: str, name: str, *, several: bool = False) -> list:
+    """Returns the one answer to each question that a pipeline's steps leave; a list of them is one only if `several`.
 
     Raises:
       UserError: they leave several, or something other than text.
@@ -153,6 +153,6 @@ def apply(steps, answers: list[list[str]], docs: list[dict], path: str, name: st
         except (TypeError, KeyError, AttributeError, IndexError, re.error) as error:
             raise UserError(f"{path}: filter {name}: {step.name} failed: {error!r}") from error
     for a in answers:
-        if isinstance(a, list):
+        if isinstance(a, list) and not several:
             raise UserError(f"{path}: filter {name} leaves a list of answers to each question; end it with take_first")
     return answers

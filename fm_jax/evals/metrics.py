@@ -1,8 +1,10 @@
 """What a task's answers are worth: metrics of one document, their aggregation, and its standard error. Layer 4.
 
-Names and numbers are those of lm-evaluation-harness 0.4.13; `expected_calibration_error` is ours alone.
+Names and numbers are those of lm-evaluation-harness 0.4.13; `expected_calibration_error` is ours alone, and so are
+`rouge1`, `rouge2`, `rougeL` and the `f1` of generated text, which it has in the code of single tasks.
 """
 
+import collections
 from collections.abc import Callable, Sequence
 import math
 import random
@@ -20,7 +22,7 @@ CALIBRATION_BINS = 15          # Guo et al. 2017, "On Calibration of Modern Neur
 
 
 class Metric(NamedTuple):
-    """A metric of a task. `options`: of exact_match."""
+    """A metric of a task. `options`: of exact_match, and the k of pass@k."""
 
     name: str
     aggregation: str
@@ -117,11 +119,22 @@ def ter(items: Sequence[tuple[str, str]]) -> float:
     return _sacrebleu("corpus_ter", items)
 
 
-def _sacrebleu(name, items, **options):
+def check(metric: Metric) -> None:
+    """Returns nothing. Raises UserError where a package that the metric needs is not installed."""
+    if AGGREGATIONS[metric.aggregation].total in (bleu, chrf, chrf_words, ter):
+        _import_sacrebleu()
+
+
+def _import_sacrebleu():
     try:
         import sacrebleu
     except ImportError as error:
         raise UserError("BLEU, chrF and TER need sacrebleu: pip install sacrebleu") from error
+    return sacrebleu
+
+
+def _sacrebleu(name, items, **options):
+    sacrebleu = _import_sacrebleu()
     references, hypotheses = zip(*items)
     return getattr(sacrebleu, name)(list(hypotheses), [list(references)], **options).score
 
@@ -190,10 +203,14 @@ METRICS = {
                         "mcc": ("matthews_corrcoef", True), "brier_score": ("brier_score", False),
                         "expected_calibration_error": ("expected_calibration_error", False)},
     "generate_until": {"exact_match": ("mean", True), "bleu": ("bleu", True), "chrf": ("chrf", True),
-                       "chrf++": ("chrf++", True), "ter": ("ter", False)},
+                       "chrf++": ("chrf++", True), "ter": ("ter", False), "f1": ("mean", True),
+                       "rouge1": ("mean", True), "rouge2": ("mean", True), "rougeL": ("mean", True),
+                       "pass_at_k": ("mean", True)},
 }
 DEFAULTS = {"loglikelihood": 2, "loglikelihood_rolling": 3, "multiple_choice": 2, "generate_until": 1}
-EXACT_MATCH = ("regexes_to_ignore", "ignore_case", "ignore_punctuation", "ignore_numbers")
+OPTIONS = {   # of metrics of generate_until
+    "exact_match": ("regexes_to_ignore", "ignore_case", "ignore_punctuation", "ignore_numbers"), "pass_at_k": ("k",)}
+PASS = "pass@"   # how the metrics begin that pass_at_k stands for, one of each k
 
 
 def from_fields(metric_list, output_type: str, path: str) -> tuple[Metric, ...]:
@@ -219,22 +236,34 @@ def from_fields(metric_list, output_type: str, path: str) -> tuple[Metric, ...]:
             raise UserError(f"{path}: aggregation {aggregation} does not fit metric {name}; leave it out")
         higher = given.pop("higher_is_better", higher)
         for option in given:
-            options = EXACT_MATCH if (name, output_type) == ("exact_match", "generate_until") else ()
+            options = OPTIONS.get(name, ()) if output_type == "generate_until" else ()
             if option not in options:
                 raise UserError(f"{path}: metric {name} has no option {option!r}"
                                 + (f" (known: {', '.join(options)})" if options else ""))
         out.append(Metric(name, aggregation, higher, given))
+    if any(m.name == "pass_at_k" for m in out):
+        if len(out) > 1:
+            raise UserError(f"{path}: pass_at_k runs answers as programs; leave the other metrics out")
+        return tuple(out[0]._replace(name=f"{PASS}{k}", options={"k": k}) for k in _ks(out[0].options, path))
     return tuple(out)
+
+
+def _ks(options, path):
+    ks = options.get("k", [1])
+    ks = ks if isinstance(ks, list) else [ks]
+    if not ks or not all(type(k) is int and k > 0 for k in ks):
+        raise UserError(f"{path}: pass_at_k: k={options['k']!r} must be numbers of answers, as in [1, 10]")
+    return ks
 
 
 def stderr(metric: Metric, items: Sequence, iters: int = BOOTSTRAP_ITERS) -> float | None:
     """Returns the standard error of a metric over documents, None where there is none.
 
     A mean's is its sample standard deviation over sqrt(n); of an aggregation that is no sum, the sample standard
-    deviation over `iters` resamples, 1,000 (or all of fewer) drawn by each of random.Random(0), (1), ...
+    deviation over `iters` resamples, 1,000 (or all of fewer) drawn by each of random.Random(0), (1), ...; None of 0.
     """
     aggregation = AGGREGATIONS[metric.aggregation]
-    if len(items) < 2 or aggregation.error == "none":
+    if len(items) < 2 or aggregation.error == "none" or (aggregation.error == "bootstrap" and not iters):
         return None
     if aggregation.error == "analytic":
         return sample_stddev(items) / math.sqrt(len(items))
@@ -321,3 +350,70 @@ def exact_match(prediction: str, references: list[str], *, regexes_to_ignore: li
         return (text.lower() if ignore_case else text).translate(dropped)
 
     return float(plain(prediction) in [plain(r) for r in references])
+
+
+def token_f1(prediction: str, references: list[str]) -> float:
+    """Returns the best F1 of a text's words against a reference's, 0 to 1, as a bag, without case and articles.
+
+    Source: arXiv:1606.05250, section 6.1, and its evaluation script.
+    """
+    def words(text):
+        text = text.lower().translate(str.maketrans("", "", string.punctuation))
+        return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+    def f1_of(reference):
+        ours, theirs = words(prediction), words(reference)
+        if not ours or not theirs:
+            return float(ours == theirs)
+        return _balance((collections.Counter(ours) & collections.Counter(theirs)).total(), len(ours), len(theirs))
+
+    return max(map(f1_of, references))
+
+
+def rouge(prediction: str, references: list[str], n: int = 0) -> float:
+    """Returns the best ROUGE-n F1 of a text against a reference, 0 to 1; ROUGE-L for n=0. Words are not stemmed.
+
+    Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries", sections 2 and 3; words as in the
+    package rouge-score, to which everything but a-z and 0-9 is space.
+    """
+    words = lambda text: re.findall("[a-z0-9]+", text.lower())
+    grams = lambda ws: collections.Counter(zip(*(ws[i:] for i in range(n))))
+
+    def of(reference):
+        ours, theirs = words(prediction), words(reference)
+        if not n:
+            return _balance(_common_subsequence(ours, theirs), len(ours), len(theirs))
+        ours, theirs = grams(ours), grams(theirs)
+        return _balance((ours & theirs).total(), ours.total(), theirs.total())
+
+    return max(map(of, references))
+
+
+def _common_subsequence(a, b):
+    """Returns the length of the longest common subsequence of two lists."""
+    row = [0] * (len(b) + 1)
+    for x in a:
+        before = 0   # of the row above, one to the left
+        for j, y in enumerate(b, 1):
+            before, row[j] = row[j], before + 1 if x == y else max(row[j], row[j - 1])
+    return row[-1]
+
+
+def _balance(common, ours, theirs):
+    """Returns the F1 of a precision common / ours and a recall common / theirs."""
+    return 2 * common / (ours + theirs) if common else 0.0
+
+
+def pass_at_k(n: int, passed: int, k: int) -> float:
+    """Returns the chance that of k answers, drawn without return from n of which some passed, one or more passed.
+
+    Source: arXiv:2107.03374, equation 1.
+    """
+    return 1.0 - math.comb(n - passed, k) / math.comb(n, k)
+
+
+# {metric of one generated answer: function of (answer, references, options)}
+OF_ANSWER = {
+    "exact_match": exact_match, "f1": token_f1, "rouge1": lambda a, refs: rouge(a, refs, 1),
+    "rouge2": lambda a, refs: rouge(a, refs, 2), "rougeL": rouge,
+}

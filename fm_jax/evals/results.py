@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from fm_jax.errors import UserError
 from fm_jax.evals import metrics
 
 RESAMPLES = 10_000
-SKIPPED = ("metrics", "samples", "model", "step", "version")   # of a result file: two that are compared may differ
+SKIPPED = ("metrics", "samples", "model", "step", "version", "chat_template")   # of files that compare, may differ
 
 
 def read(path) -> dict:
@@ -34,7 +35,7 @@ def rows(name: str, result: Mapping) -> list[tuple[str, ...]]:
     out = []
     for key, value in result["metrics"].items():
         metric, _, pipeline = key.partition(",")
-        if metric.endswith("_stderr"):
+        if metric.endswith("_stderr") or (metric == "truncated_contexts" and not value):
             continue
         error = result["metrics"].get(f"{metric}_stderr" + (f",{pipeline}" if pipeline else ""))
         arrow = {True: "↑", False: "↓"}.get(result.get("higher_is_better", {}).get(metric), "")
@@ -46,14 +47,63 @@ def rows(name: str, result: Mapping) -> list[tuple[str, ...]]:
 
 
 def markdown(results: Mapping[str, Mapping]) -> str:
-    """Returns a Markdown table of {task: result}."""
-    lines = ["| Task | Version | Filter | n-shot | Metric |   | Value |   | Stderr |",
-             "|---|---|---|--:|---|---|--:|---|--:|"]
-    for name, result in results.items():
-        for *left, value, error in rows(name, result):
-            cells = [*(c.replace("|", "\\|") for c in left), value, "±" if error else "", error]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    """Returns a Markdown table of {task: result}, and one of the groups among them."""
+    tables = []
+    for title in ("Task", "Group"):
+        lines = [f"| {title} | Version | Filter | n-shot | Metric |   | Value |   | Stderr |",
+                 "|---|---|---|--:|---|---|--:|---|--:|"]
+        for name, result in results.items():
+            for *left, value, error in rows(name, result) if ("tasks" in result) == (title == "Group") else ():
+                cells = [*(c.replace("|", "\\|") for c in left), value, "±" if error else "", error]
+                lines.append("| " + " | ".join(cells) + " |")
+        tables.append("\n".join(lines) + "\n")
+    return tables[0] + "\n" + tables[1] if any("tasks" in r for r in results.values()) else tables[0]
+
+
+def aggregate(group, results: Mapping[str, Mapping]) -> dict[str, float]:
+    """Returns the metrics of a group (names.Group) from {task: result}, of the tasks that have them.
+
+    A metric is the mean over tasks, by their documents where it is weighted, and its standard error that of such a
+    mean; there is none where a task has none. Source: the harness's api/group.py; of the error
+    https://en.wikipedia.org/wiki/Pooled_variance.
+
+    Raises:
+      UserError: no task of the group has a metric.
+    """
+    out = {}
+    found = [results[name]["metrics"] for name in group.tasks]
+    for each in group.aggregates:
+        pipelines = each.pipelines or sorted({key.partition(",")[2] for m in found for key in m
+                                              if key.startswith(f"{each.metric},")})
+        for pipeline in pipelines or [""]:
+            key, error = f"{each.metric},{pipeline}", f"{each.metric}_stderr,{pipeline}"
+            there = [m for m in found if key in m]
+            if not there:
+                raise UserError(f"no task of a group has the metric {key.strip(',')!r} of its aggregate_metric_list: "
+                                f"{', '.join(group.tasks)}")
+            sizes = [m["documents"] for m in there]
+            weights = sizes if each.weight_by_size else [1] * len(there)
+            out[key] = sum(m[key] * weight for m, weight in zip(there, weights)) / sum(weights)
+            if not all(error in m for m in there):
+                continue
+            errors = [m[error] for m in there]
+            if each.weight_by_size:
+                pooled = sum((n - 1) * e**2 * n for n, e in zip(sizes, errors)) / (sum(sizes) - len(sizes))
+                out[error] = math.sqrt(pooled / sum(sizes))
+            else:
+                out[error] = math.sqrt(sum(e**2 for e in errors)) / len(errors)
+    return out | {"documents": sum(m["documents"] for m in found)}
+
+
+def samples(group, results: Mapping[str, Mapping]) -> list[dict]:
+    """Returns the items of a group's documents from {task: result}, of the metrics that are their mean over all."""
+    out = []
+    for task in group.tasks:
+        means = [each.metric for each in group.aggregates
+                 if each.weight_by_size and results[task]["aggregations"].get(each.metric) == "mean"]
+        out += [{"task": task, "doc_id": s["doc_id"], "filter": s["filter"]} | {m: s[m] for m in means if m in s}
+                for s in results[task]["samples"]]
+    return out
 
 
 # --- Two models

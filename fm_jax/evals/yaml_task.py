@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: a YAML file over local data becomes documents, prompts, choices and golds. Layer 4.
+"""Tasks of lm-evaluation-harness: a YAML file and its data become documents, prompts, choices and golds. Layer 4.
 
 Reads the fields of version 0.4.13 and means by each what it means there. A field that it cannot honour is an error
 that names it and its file; code in a task file (`!function`) is never run.
@@ -7,31 +7,33 @@ Try:  python -m fm_jax.evaluate --workdir runs/x --tasks path/to/task.yaml
 """
 
 import ast
+from collections.abc import Callable
 import dataclasses
-import glob
+import functools
 import hashlib
 import json
 from pathlib import Path
 import re
 from typing import Any, NamedTuple
 
+from fm_jax.data import questions
 from fm_jax.errors import UserError, choose
-from fm_jax.evals import filters, metrics
+from fm_jax.evals import filters, metrics, tables
 
 OUTPUT_TYPES = ("loglikelihood", "loglikelihood_rolling", "multiple_choice", "generate_until")
 MAX_GEN_TOKS = 256   # where generation_kwargs name no length
-HONOURED = ("task", "dataset_path", "dataset_kwargs", "training_split", "validation_split", "test_split",
-            "fewshot_split", "doc_to_text", "doc_to_target", "doc_to_choice", "output_type", "description",
-            "target_delimiter", "fewshot_delimiter", "fewshot_config", "num_fewshot", "gen_prefix", "generation_kwargs",
-            "repeats", "filter_list", "metric_list")
-# They change no number of a task read from local files.
-WITHOUT_EFFECT = ("task_alias", "tag", "group", "dataset_name", "metadata", "should_decontaminate",
-                  "doc_to_decontamination_query")
+HONOURED = ("task", "dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split",
+            "test_split", "fewshot_split", "doc_to_text", "doc_to_target", "doc_to_choice", "output_type",
+            "description", "target_delimiter", "fewshot_delimiter", "fewshot_config", "num_fewshot", "gen_prefix",
+            "generation_kwargs", "repeats", "filter_list", "metric_list")
+# They change no number. unsafe_code: generated programs are confined in any case.
+WITHOUT_EFFECT = ("task_alias", "tag", "group", "metadata", "should_decontaminate", "doc_to_decontamination_query",
+                  "unsafe_code")
 REFUSED = {   # field: why
     "process_docs": "code in a task file is not run; write the processed documents to a file",
     "process_results": "code in a task file is not run; use metric_list and filter_list",
     "custom_dataset": "code in a task file is not run; write the documents to a file",
-    "class": "code in a task file is not run", "unsafe_code": "tasks that run generated code are not read from YAML",
+    "class": "code in a task file is not run",
     "use_prompt": "prompts of promptsource are not installed; write the prompt in doc_to_text",
     "doc_to_image": "images are not given to a language model", "doc_to_audio": "nor is audio",
     "task_list": "one file is one task here",
@@ -87,6 +89,7 @@ class Task:
     description: str
     gen_prefix: str | None
     target_delimiter: str
+    fewshot_delimiter: str    # here of a chat's system messages; of shots, as `shots` has it
     generation: Generation | None
     repeats: int
     metrics: tuple[metrics.Metric, ...]
@@ -157,11 +160,16 @@ class Task:
             raise UserError(f"{self.path}: {field} names the column {column!r}, which a document lacks: {doc}")
         return doc[column]
 
+    @functools.cached_property
+    def _compiled(self):
+        """Returns a function from a template's text to the template: compiling takes 20 times as long as rendering."""
+        return functools.cache(_environment().from_string)
+
     def _render(self, template, doc, field):
         import jinja2
 
         try:
-            return _environment().from_string(template).render(**doc)
+            return self._compiled(template).render(**doc)
         except jinja2.UndefinedError as error:
             raise UserError(f"{self.path}: {field}: {error.message} in a document of {self.data}, which has the "
                             f"columns {', '.join(self.columns)}") from error
@@ -175,17 +183,20 @@ class Task:
             raise UserError(f"{self.path}: {field} gives {text!r}, which is no Python list or number") from error
 
 
-def load(path, num_fewshot: int | None = None) -> Task:
+def load(path, num_fewshot: int | None = None, *, fields: dict | None = None,
+         catalogue: Callable[[str], dict] = questions.read) -> Task:
     """Returns the task of a YAML file, its data read.
 
     Args:
       num_fewshot: instead of the file's; a file that says 0 means it, and stays at 0.
+      fields: instead of those in the file, as a group of tasks changes them.
+      catalogue: what reads a `dataset_path: catalogue:NAME`.
 
     Raises:
       UserError: what the file or its data lack, or a field that cannot be honoured; each names the field and the file.
     """
     path = Path(path)
-    fields = {k: v for k, v in _yaml(path, ()).items() if v is not None}
+    fields = {k: v for k, v in (read(path) if fields is None else fields).items() if v is not None}
     for name, value in fields.items():
         if name in REFUSED and value is not False:
             raise UserError(f"{path}: {name} cannot be honoured: {REFUSED[name]}")
@@ -206,7 +217,7 @@ def load(path, num_fewshot: int | None = None) -> Task:
         if type(value) is not int or value < least:
             raise UserError(f"{path}: {name} must be a number, {least} or more, not {value!r}")
 
-    splits = _Splits(path, fields)
+    splits = tables.Splits(path, fields, catalogue)
     split = fields.get("test_split") or fields.get("validation_split")
     if split is None:
         raise UserError(f"{path}: neither test_split nor validation_split says which documents are asked about")
@@ -223,34 +234,40 @@ def load(path, num_fewshot: int | None = None) -> Task:
             raise UserError(f"{path}: {name} must be a template or a column, not {value!r}")
     found = metrics.from_fields(fields.get("metric_list"), output_type, str(path))
     pipelines = filters.from_fields(fields.get("filter_list"), output_type, str(path))
-    generation = _generation(fields, str(path)) if output_type == "generate_until" else None
+    generation = generation_of(fields, str(path)) if output_type == "generate_until" else None
     if generation is None and "generation_kwargs" in fields:
         raise UserError(f"{path}: generation_kwargs has no meaning with output_type {output_type}")
     shots = _shots(fields, splits, str(path), num_fewshot)
-    kept = {k: v for k, v in fields.items() if k not in WITHOUT_EFFECT and k != "dataset_kwargs"}
+    kept = {k: v for k, v in fields.items() if k not in WITHOUT_EFFECT and not k.startswith("dataset_")}
     whole = json.dumps([kept, num_fewshot, docs, shots.pool if num_fewshot else []], default=str, sort_keys=True)
     metadata = fields.get("metadata")
     return Task(
         path=str(path), name=fields["task"], output_type=output_type, docs=docs, data=data, columns=columns,
         shots=shots, num_fewshot=num_fewshot, **named, description=fields.get("description", ""),
         gen_prefix=fields.get("gen_prefix"), target_delimiter=fields.get("target_delimiter", " "),
-        generation=generation, repeats=fields.get("repeats", 1), metrics=found, filters=pipelines,
+        fewshot_delimiter=fields.get("fewshot_delimiter", "\n\n"), generation=generation,
+        repeats=fields.get("repeats", 1), metrics=found, filters=pipelines,
         version=metadata.get("version") if isinstance(metadata, dict) else None,
         fingerprint=hashlib.sha256(whole.encode()).hexdigest())
 
 
-def _yaml(path, seen):
-    """Returns the fields of a file, those of its `include` below its own."""
+def read(path, *, code: bool = False, seen=()) -> dict:
+    """Returns the fields of a file, those of its `include` below its own.
+
+    `code`: a field that is code is None, instead of an error.
+    """
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         """Refuses code."""
 
     def function(loader, node):
-        raise UserError(f"{path}: line {node.start_mark.line + 1} has !function {node.value}: code in a task file is "
-                        "not run")
+        if not code:
+            raise UserError(f"{path}: line {node.start_mark.line + 1} has !function {node.value}: code in a task file "
+                            "is not run")
 
     Loader.add_constructor("!function", function)
+    path = Path(path)
     if path.resolve() in seen:
         raise UserError(f"{path} includes itself")
     try:
@@ -263,7 +280,7 @@ def _yaml(path, seen):
         raise UserError(f"{path}: a task is a table of fields, not {fields!r:.60}")
     merged, includes = {}, fields.pop("include", [])
     for other in includes if isinstance(includes, list) else [includes]:
-        merged |= _yaml(path.parent / other, (*seen, path.resolve()))
+        merged |= read(path.parent / other, code=code, seen=(*seen, path.resolve()))
     return merged | fields
 
 
@@ -279,7 +296,7 @@ def _environment():
     return environment
 
 
-def _generation(fields, path):
+def generation_of(fields: dict, path: str) -> Generation:
     """Returns how a task's answers are generated."""
     given = fields.get("generation_kwargs", {})
     for name in given:
@@ -324,94 +341,3 @@ def _shots(fields, splits, path, num_fewshot):
                  both["doc_to_choice"], both["gen_prefix"],
                  given.get("target_delimiter", fields.get("target_delimiter", " ")),
                  given.get("fewshot_delimiter", fields.get("fewshot_delimiter", "\n\n")))
-
-
-class _Splits:
-    """The documents of a task's splits. Relative files are sought from the working folder, then beside the task."""
-
-    def __init__(self, path, fields):
-        self.path = path
-        kind = fields.get("dataset_path")
-        if kind != "json":
-            raise UserError(f"{path}: dataset_path {kind!r} cannot be honoured: tasks read local files; write "
-                            "dataset_path: json and dataset_kwargs: {data_files: {test: FILE.jsonl}}")
-        given = {k: v for k, v in fields.get("dataset_kwargs", {}).items() if k != "trust_remote_code"}
-        for name in given:
-            choose(name, ("data_files", "data_dir"), f"{path}: dataset_kwargs")
-        files = given.get("data_files")
-        if not files:
-            raise UserError(f"{path}: dataset_kwargs.data_files names no file")
-        files = files if isinstance(files, dict) else {"train": files}
-        self.files = {split: [str(Path(given.get("data_dir") or "", f)) for f in (f if isinstance(f, list) else [f])]
-                      for split, f in files.items()}
-
-    def source(self, split) -> str:
-        return ", ".join(self.files[split])
-
-    def read(self, split) -> list[dict]:
-        """Returns a split's documents, as a table has them: each with every column, None where it says nothing."""
-        docs = []
-        for pattern in self.files[choose(split, self.files, f"{self.path}: split of dataset_kwargs.data_files")]:
-            beside = str(self.path.parent / pattern)
-            found = sorted(glob.glob(pattern)) or sorted(glob.glob(beside))
-            if not found:
-                raise UserError(f"{self.path}: no file {pattern}, neither in the working folder nor beside the task")
-            for file in found:
-                docs += _documents(file)
-        return _cast(docs, _kind(docs, self.source(split)))
-
-
-def _documents(file):
-    """Returns the documents of a file: JSON, one on a line or a list of them."""
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {file}: {error}") from error
-    # A JSON string may hold other line ends than \n, such as U+2028.
-    lines = [(1, text)] if text.lstrip().startswith("[") else enumerate(text.split("\n"), 1)
-    docs = []
-    for number, line in lines:
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {number + error.lineno - 1}: not JSON: {error.msg}") from error
-        docs += found if isinstance(found, list) else [found]
-    for number, doc in enumerate(docs, 1):
-        if not isinstance(doc, dict):
-            raise UserError(f"{file}: document {number} is {doc!r:.60}, not a table of columns")
-    return docs
-
-
-def _kind(values, where):
-    """Returns the one kind of all values but None: a type, {key: kind} of dicts, [kind] of lists, None of no value.
-
-    The harness reads documents as tables, in which a column has one kind and whole numbers beside others are floats.
-    """
-    values = [v for v in values if v is not None]
-    types = {type(v) for v in values}
-    if types == {int, float}:
-        return float
-    if len(types) > 1:
-        raise UserError(f"{where}: one column has values of several kinds: "
-                        f"{', '.join(sorted(t.__name__ for t in types))}")
-    if types == {dict}:
-        keys = dict.fromkeys(key for v in values for key in v)
-        return {key: _kind([v.get(key) for v in values], f"{where}: {key}") for key in keys}
-    if types == {list}:
-        return [_kind([item for v in values for item in v], where)]
-    return types.pop() if types else None
-
-
-def _cast(value, kind):
-    """Returns `value` as its column has it."""
-    if isinstance(value, list) and not isinstance(kind, list):   # the documents themselves
-        return [_cast(v, kind) for v in value]
-    if value is None:
-        return None
-    if isinstance(kind, dict):
-        return {key: _cast(value.get(key), of) for key, of in kind.items()}
-    if isinstance(kind, list):
-        return [_cast(v, kind[0]) for v in value]
-    return float(value) if kind is float else value

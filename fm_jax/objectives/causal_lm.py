@@ -11,7 +11,7 @@ import numpy as np
 from fm_jax.architecture import Architecture
 from fm_jax.errors import UserError
 from fm_jax.frontends import TokenEmbed
-from fm_jax.model import Cache, Transformer
+from fm_jax.model import Cache, Transformer, Trunk
 from fm_jax.objectives import Loss, uniform
 from fm_jax.sharding import Layout
 from fm_jax.tokenizer import check_vocab
@@ -27,8 +27,8 @@ class Module(nn.Module):
         self.embed = TokenEmbed(self.arch, self.layout)
         self.transformer = Transformer(self.arch, self.layout)
 
-    def __call__(self, tokens_BT, positions_BT=None, segment_ids_BT=None, cache: Cache | None = None, key=None,
-                 capture=()):
+    def __call__(self, tokens_BT, positions_BT=None, segment_ids_BT=None, cache: Cache | None = None, last_BT=None,
+                 trunk: Trunk | None = None, key=None, capture=()):
         """Returns (hidden states [B, T, D], cache, taps)."""
         B, T = tokens_BT.shape
         if positions_BT is None:
@@ -36,8 +36,8 @@ class Module(nn.Module):
             positions_BT = jnp.broadcast_to(start + jnp.arange(T), (B, T))
         embed_key, key = jax.random.split(key) if key is not None else (None, None)
         x = self.embed(tokens_BT, positions_BT, embed_key)
-        return self.transformer(x, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, cache=cache, key=key,
-                                capture=capture)
+        return self.transformer(x, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, cache=cache,
+                                last_BT=last_BT, trunk=trunk, key=key, capture=capture)
 
     def losses(self, hidden_BTD, targets_BT):
         return self.embed.losses(hidden_BTD, targets_BT)
@@ -81,7 +81,8 @@ class CausalLM:
         self.tokens_per_example = self.seq_len
         self.flops_per_example = self.seq_len * self.arch.flops_per_token(self.seq_len)
         self.module = Module(self.arch, layout)
-        self.predict = {"hidden": self.hidden, "logits": self.logits, "score": self.score, "decode": self.decode}
+        self.predict = {"hidden": self.hidden, "logits": self.logits, "trees": self.trees, "score": self.score,
+                        "decode": self.decode}
 
     # --- the contract -------------------------------------------------------------------------------------------
 
@@ -146,11 +147,20 @@ class CausalLM:
         """Returns float32 logits [B, T, V]."""
         return self.module.apply({"params": params}, self.hidden(params, tokens_BT)[0], method="logits")
 
-    def score(self, params, tokens_BT, targets_BT):
-        """Returns float32 (log-probability [B, T] of each target, 1 where it is the most likely token [B, T])."""
-        hidden, _ = self.hidden(params, tokens_BT)
-        nll, _, correct = self.module.apply({"params": params}, hidden, targets_BT, method="losses")
-        return -nll, correct
+    def trees(self, params, tokens_BT, positions_BT, last_BT, trunk: Trunk | None = None, capture=()):
+        """Returns (hidden states [B, T, D], taps) of rows of trees of tokens; see `Transformer`."""
+        hidden, _, taps = self.module.apply({"params": params}, tokens_BT, positions_BT, last_BT=last_BT, trunk=trunk,
+                                            capture=capture)
+        return hidden, taps
+
+    def score(self, params, hidden_BTD, places_N, targets_N):
+        """Returns float32 (log-probability [N] of each target, 1 where it is the most likely token [N]).
+
+        places_N: of the hidden state that predicts it, its number in [B * T].
+        """
+        chosen = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[places_N]
+        nll, _, correct = self.module.apply({"params": params}, chosen[None], targets_N[None], method="losses")
+        return -nll[0], correct[0]
 
     def decode(self, params, tokens_BT, cache, last_B=None):
         """Returns (float32 logits [B, V] at place `last_B` of each row (default: its end), cache)."""

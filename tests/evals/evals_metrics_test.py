@@ -1,5 +1,6 @@
 """Metrics and standard errors by hand and by naive loops; BLEU where sacrebleu is installed."""
 
+import itertools
 import math
 import random
 
@@ -115,3 +116,47 @@ def test_corpus_metrics_by_sacrebleu():
         values.append(AGGREGATIONS["bleu"].total(draw.choices(items, k=2)))
     expected = math.sqrt(sum((v - sum(values) / 100) ** 2 for v in values) / 99)
     assert metrics.stderr(Metric("bleu", "bleu", True, {}), items) == pytest.approx(expected, rel=1e-12)
+
+
+def test_words_in_common_by_hand():
+    f1 = metrics.token_f1
+    assert f1("The cat sat.", ["cat sat", "dog"]) == 1.0   # no case, articles, punctuation; the best reference
+    assert f1("a cat sat down", ["the cat ran"]) == pytest.approx(2 * 1 / (3 + 2))
+    assert f1("cat cat", ["cat"]) == pytest.approx(2 / 3) and f1("", ["the"]) == 1.0 and f1("x", [""]) == 0.0
+    assert metrics.rouge("the cat sat on the mat", ["the cat on mat"], 1) == pytest.approx(8 / 10)
+    assert metrics.rouge("the cat sat on the mat", ["the cat on mat"], 2) == pytest.approx(2 / 8)
+    assert metrics.rouge("the cat sat on the mat", ["mat on the cat", "dog"]) == pytest.approx(2 * 2 / 10)
+    assert metrics.rouge("", ["x"], 1) == metrics.rouge("!", ["?"]) == 0.0 and metrics.rouge("x", ["x"], 2) == 0.0
+
+
+def test_rouge_is_the_packages():
+    rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="needs the package rouge-score")
+    scorer, rng = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"]), random.Random(0)
+    words = "a An the cat's cat dog-house 7 7.5 caf\u00e9 Sat, . \n".split(" ")
+    text = lambda: " ".join(rng.choices(words, k=rng.randrange(9)))
+    for _ in range(300):
+        prediction, references = text(), [text() for _ in range(3)]
+        scores = [scorer.score(reference, prediction) for reference in references]
+        for name in ("rouge1", "rouge2", "rougeL"):
+            want = max(score[name].fmeasure for score in scores)
+            assert metrics.OF_ANSWER[name](prediction, references) == pytest.approx(want, abs=1e-12)
+
+
+def test_pass_at_k_is_the_share_of_draws_that_have_one():
+    """Against all draws of k from n, one by one."""
+    for n, passed, k in [(5, 2, 3), (4, 0, 2), (4, 4, 1), (6, 1, 6), (5, 3, 1), (10, 2, 9)]:
+        draws = list(itertools.combinations([True] * passed + [False] * (n - passed), k))
+        assert metrics.pass_at_k(n, passed, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+    assert metrics.pass_at_k(200, 1, 10) == pytest.approx(10 / 200)
+
+
+def test_pass_at_k_stands_for_a_metric_of_each_k():
+    make = lambda **options: metrics.from_fields([{"metric": "pass_at_k", **options}], "generate_until", "t")
+    assert [m.name for m in make(k=[1, 10])] == ["pass@1", "pass@10"] and [m.name for m in make(k=2)] == ["pass@2"]
+    for k in ([], [0], ["1"], [True]):
+        with pytest.raises(UserError, match="t: pass_at_k: k=.* must be numbers of answers"):
+            make(k=k)
+    with pytest.raises(UserError, match="leave the other metrics out"):
+        metrics.from_fields([{"metric": "pass_at_k"}, {"metric": "exact_match"}], "generate_until", "t")
+    with pytest.raises(UserError, match="metric rouge1 has no option 'k'"):
+        metrics.from_fields([{"metric": "rouge1", "k": 1}], "generate_until", "t")

@@ -12,7 +12,7 @@ import pytest
 
 from fm_jax import tokenizer as tokenizers
 from fm_jax.errors import UserError
-from fm_jax.evals import requests, yaml_task
+from fm_jax.evals import execute, requests, yaml_task
 
 DOCS = [{"q": f"q{i}", "a": f"a{i}", "label": i % 2, "options": [f"x{i}", f"yy{i}"]} for i in range(6)]
 
@@ -35,10 +35,14 @@ class Oracle:
         self.asked += texts
         return [self.logprob("", t) for t in texts]
 
-    def generate(self, prompts, **options):
-        self.asked += prompts
+    def encode(self, texts):
+        return self.tokenizer.encode_batch(texts)
+
+    def complete(self, prompts, *, n, **options):
+        self.asked += [self.tokenizer.decode(ids) for ids in prompts for _ in range(n)]
         self.options = options
-        return [self.answer(p, i) for i, p in enumerate(prompts)]
+        answers = [self.answer(p, i) for i, p in enumerate(self.asked)]
+        return [types.SimpleNamespace(tokens=ids) for ids in self.tokenizer.encode_batch(answers)]
 
 
 @pytest.fixture
@@ -192,6 +196,127 @@ def test_generation_stops_filters_and_judges(load):
     assert [s["exact_match"] for s in samples] == [1, 0, 0, 1]
 
 
+TEMPLATE = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}")
+
+
+def chats(task, *how):
+    tokenizer = tokenizers.load("bytes")
+    tokenizer.chat_template = TEMPLATE
+    return list(requests.questions(task, chat=requests.Chat(*how), tokenizer=tokenizer))
+
+
+def test_a_chat_by_hand(load):
+    train = [{"q": "T", "a": "", "label": 1, "options": ["n", "y"]}]
+    fields = dict(train=train, training_split="train", description="About {{q}}.", test=DOCS[:1])
+    (question,) = chats(load(1, **fields), "Be brief.", True)
+    head = "<system>Be brief.\n\nAbout q0.\n"
+    assert question.pairs[0] == (head + "<user>Q: T\nA:\n<assistant>y\n<user>Q: q0\nA:\n<assistant>", "x0")
+    (question,) = chats(load(1, **fields), "Be brief.", False)
+    assert question.pairs[0] == (head + "<user>Q: T\nA: y\n\nQ: q0\nA:\n<assistant>", "x0")
+    (question,) = chats(load(0, test=DOCS[:1]))
+    assert question.pairs[0][0] == "<user>Q: q0\nA:\n<assistant>"
+
+
+def test_a_template_without_a_system_leaves_it_out_and_says_so(load, monkeypatch, capsys):
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    monkeypatch.setattr(Oracle, "tokenizer", tokenizers.load("bytes"))
+    Oracle.tokenizer.chat_template = refuses
+    task, lm = load(test=DOCS[:1], description="About {{q}}."), Oracle()
+    requests.evaluate(lm, task, chat=requests.Chat("Be brief."))
+    assert lm.asked[0] == ("<user>Q: q0\nA:\n<assistant>", "x0")
+    assert "t: the chat template takes no system message" in capsys.readouterr().out
+    requests.evaluate(lm, load(test=DOCS[:1]), chat=requests.Chat())
+    assert not capsys.readouterr().out   # nothing to leave out
+    Oracle.tokenizer.chat_template = "{{ raise_exception('nobody') }}"
+    with pytest.raises(UserError, match="the chat template refuses this chat: nobody"):
+        requests.evaluate(lm, task, chat=requests.Chat())
+
+
+def test_a_chat_goes_on_from_its_prefix(load):
+    """The answer is begun in the assistant's own turn, and the choice is set apart from it."""
+    fields = dict(test=DOCS[1:2], train=DOCS[:1], training_split="train")
+    ask = lambda *how, **more: chats(load(1, **fields, **more), "", *how)[0].pairs[0]
+    assert ask(True, gen_prefix="So") == ("<user>Q: q0\nA:\n<assistant>So x0\n<user>Q: q1\nA:\n<assistant>So", " x1")
+    assert ask(False, gen_prefix="So") == ("<user>Q: q0\nA: So x0\n\nQ: q1\nA:\n<assistant>So", " x1")
+    assert ask(True, gen_prefix="So ")[1] == "x1" and ask(True, gen_prefix="")[1] == "x1"
+
+
+def test_greedy_answers_are_made_once(load):
+    task = load(**GENERATE, test=DOCS[:1] * 3, repeats=4)
+    lm = Oracle(answer=lambda prompt, i: f"a{i}")
+    metrics, samples = requests.evaluate(lm, task)
+    assert lm.asked == ["Q: q0\nA:"] and samples[2]["resps"] == ["a0"] * 4 and metrics["exact_match,none"] == 1.0
+
+
+def test_special_tokens_end_an_answer(load):
+    """The end of a text does without being asked to; so does one that `until` spells; what spells them is cut off."""
+    task = load(**GENERATE, test=DOCS[:1], generation_kwargs={"until": ["<pad>", "Q:"]})
+    lm = Oracle(answer=lambda prompt, i: "a0</s> a1")
+    _, samples = requests.evaluate(lm, task)
+    assert samples[0]["resps"] == ["a0"] and lm.options["stop"] == ["<pad>", "Q:", "</s>"]
+    assert set(lm.options["stop_ids"]) == {lm.tokenizer.eos_id, lm.tokenizer.pad_id}
+
+
+ANSWER = {"function": "regex", "regex_pattern": r"The answer is (\-?[0-9\.\,]*[0-9]+)"}
+COT = {   # fields of the harness's gsm8k_cot_self_consistency
+    "output_type": "generate_until", "doc_to_choice": None, "doc_to_text": "Q: {{question}}\nA:",
+    "doc_to_target": "{{answer.split('####')[-1].strip() if answer is defined else target}}", "num_fewshot": 1,
+    "fewshot_config": {"sampler": "first_n", "samples": [
+        {"question": "2 and 3?", "target": "2 + 3 is 5. The answer is 5."}, {"question": "no", "target": "no"}]},
+    "generation_kwargs": {"until": ["Q:", "\n\n"], "do_sample": True, "temperature": 0.2}, "repeats": 5,
+    "filter_list": [
+        {"name": "score-first", "filter": [ANSWER, {"function": "take_first"}]},
+        {"name": "maj@5", "filter": [ANSWER, {"function": "majority_vote"}, {"function": "take_first"}]},
+        {"name": "maj@3", "filter": [{"function": "take_first_k", "k": 3}, ANSWER, {"function": "majority_vote"},
+                                     {"function": "take_first"}]}],
+    "metric_list": [{"metric": "exact_match", "ignore_case": True, "regexes_to_ignore": [",", r"\$", r"\.$"]}]}
+
+
+def test_chain_of_thought_with_self_consistency(load):
+    docs = [{"question": "1,000 and 1?", "answer": "so #### 1001"}, {"question": "7?", "answer": "#### 7"}]
+    answers = ["The answer is 9.", "1001. The answer is 1,001.", "I think 9. The answer is 9.",
+               "The answer is 1001.\n\nQ: x The answer is 9.", "The answer is 1001.",
+               "The answer is 7", "hm", "hm", "hm", "The answer is 7."]
+    lm = Oracle(answer=lambda prompt, i: answers[i])
+    metrics, samples = requests.evaluate(lm, load(**COT, test=docs))
+    assert lm.asked[0] == "Q: 2 and 3?\nA: 2 + 3 is 5. The answer is 5.\n\nQ: 1,000 and 1?\nA:"
+    found = {(s["filter"], s["doc_id"]): s["filtered_resps"] for s in samples}
+    assert found == {("score-first", 0): "9", ("score-first", 1): "7", ("maj@5", 0): "9", ("maj@5", 1): "[invalid]",
+                     ("maj@3", 0): "9", ("maj@3", 1): "[invalid]"}
+    # "1,001" and "1001" are two answers to the vote, as in the harness: what is ignored is so when it is judged.
+    assert metrics["exact_match,score-first"] == 0.5 and metrics["exact_match,maj@5"] == 0.0
+
+
+CODE = {"output_type": "generate_until", "doc_to_choice": None, "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{test}}\ncheck({{entry_point}})", "metric_list": [{"metric": "pass_at_k", "k": [1, 2]}],
+        "repeats": 3, "generation_kwargs": {"until": ["\ndef"], "temperature": 1.0}}
+
+
+def test_programs_are_run(load, monkeypatch):
+    docs = [{"prompt": "def f(x):\n", "test": f"def check(f):\n    assert f({i}) == {i + 1}", "entry_point": "f"}
+            for i in (1, 2)]
+    answers = ["    return x + 1\ndef g(", "    return 2", "    return", "    return 2", "    1 / 0", "    x = ("]
+    lm = Oracle(answer=lambda prompt, i: answers[i])
+    metrics, samples = requests.evaluate(lm, load(**CODE, test=docs))
+    assert [s["pass@1"] for s in samples] == pytest.approx([2 / 3, 0]) and [s["pass@2"] for s in samples] == [1, 0]
+    assert metrics["pass@1,none"] == pytest.approx(1 / 3) and metrics["pass@2,none"] == 0.5
+    assert samples[0]["outcomes"] == ["passed", "passed", "AssertionError: "]
+    assert samples[1]["outcomes"][1] == "ZeroDivisionError: division by zero"
+    assert samples[0]["resps"][0] == samples[0]["filtered_resps"][0] == "    return x + 1"
+    first = [{"name": "first", "filter": [{"function": "take_first"}]}]
+    metrics, _ = requests.evaluate(Oracle(answer=lambda prompt, i: answers[i]), load(**CODE | {
+        "metric_list": [{"metric": "pass_at_k"}], "filter_list": first}, test=docs))
+    assert metrics["pass@1,first"] == 0.5
+    with pytest.raises(UserError, match="pass@2 needs 2 answers to each question; set repeats: 2"):
+        requests.evaluate(lm, load(**CODE | {"repeats": 1}, test=docs))
+    monkeypatch.setattr(execute, "run", lambda programs: ["no"] * len(programs))
+    asked = len(lm.asked)
+    with pytest.raises(UserError, match="is not run"):
+        requests.evaluate(lm, load(**CODE, test=docs))
+    assert len(lm.asked) == asked   # said before anything is generated
+
+
 def test_several_right_answers(load):
     task = load(**GENERATE | {"doc_to_target": "options"}, test=DOCS[:2])
     metrics, _ = requests.evaluate(Oracle(answer=lambda prompt, i: ["yy0", "x0"][i]), task)
@@ -208,14 +333,15 @@ def test_cut_contexts_are_counted(load):
         assert requests.evaluate(Oracle(max_seq_len=room), load()).metrics["truncated_contexts"] == cut
     with pytest.raises(UserError, match="max_gen_toks 256 leaves no room for a question in the model's context of 256"):
         requests.evaluate(Oracle(max_seq_len=256), load(**GENERATE))
-    with pytest.raises(UserError, match="prompt of document 0 has 8 tokens, and the model's context leaves 3 beside"):
-        requests.evaluate(Oracle(max_seq_len=260), load(**GENERATE))
+    for room, cut in ((264, 0), (263, 6)):   # 'Q: q0' + 'A:' of 8, and max_gen_toks 256
+        assert requests.evaluate(Oracle(max_seq_len=room), load(**GENERATE)).metrics["truncated_contexts"] == cut
 
 
 @pytest.mark.parametrize("fields, message", [
     ({"doc_to_target": "{{7}}"}, "the answer 7 of document 0 of .*test.jsonl is none of its choices"),
     ({"doc_to_target": "a"}, "the answer 'a0' of document 0"),
     ({"output_type": "loglikelihood", "doc_to_choice": None, "doc_to_target": "label"}, "it must be a text"),
+    ({"output_type": "loglikelihood", "doc_to_choice": None, "doc_to_target": ""}, "is empty for document 0 of"),
     ({**GENERATE, "doc_to_target": "label", "num_fewshot": 1}, "doc_to_target gives . for the shot"),
     ({"doc_to_text": "{% if label == 0 %}1{% else %}x{% endif %}"}, "'x' of document 1"),
 ])

@@ -296,10 +296,16 @@ def test_predictions_agree(data):
     logits = np.asarray(jax.jit(objective.predict["logits"])(params, tokens))
     want = np.stack([naive.logits(objective.arch, params, row) for row in tokens])
     np.testing.assert_allclose(logits, want, rtol=2e-4, atol=2e-4)
-    logprob, greedy = jax.jit(objective.predict["score"])(params, tokens, targets)
-    picked = np.take_along_axis(log_softmax(want), targets[..., None], -1)[..., 0]
-    np.testing.assert_allclose(logprob, picked, rtol=2e-4)
-    np.testing.assert_array_equal(greedy, want.argmax(-1) == targets)
+    hidden, _ = jax.jit(objective.predict["hidden"])(params, tokens)
+    places = np.array([70, 3, 3, 24])   # of 3 rows of 24; any order, and twice the same for two targets
+    aims = np.append(targets.ravel()[places[:2]], [want[0, 3].argmax(), 5])
+    logprob, greedy = jax.jit(objective.predict["score"])(params, hidden, places, aims)
+    table = log_softmax(want).reshape(3 * T, -1)[places]
+    np.testing.assert_allclose(logprob, table[np.arange(4), aims], rtol=2e-4)
+    np.testing.assert_array_equal(greedy, table.argmax(-1) == aims)
+    positions, last = np.tile(np.arange(T), (3, 1)), np.full((3, T), T - 1)   # a sequence is a tree too
+    trees, _ = jax.jit(objective.predict["trees"])(params, tokens, positions, last)
+    np.testing.assert_allclose(trees, hidden, rtol=1e-4, atol=1e-5)
     decode, empty = jax.jit(objective.predict["decode"]), Cache.empty(objective.arch, 3, 30)
     last, cache = decode(params, tokens, empty, jnp.array([3, 9, 23]))
     np.testing.assert_allclose(last, want[np.arange(3), [3, 9, 23]], rtol=2e-4, atol=2e-4)

@@ -35,7 +35,11 @@ class Model:
     """Answers by a hash of what it is asked."""
 
     objective = types.SimpleNamespace(arch=types.SimpleNamespace(max_seq_len=10**6))
-    tokenizer = types.SimpleNamespace(encode_batch=lambda texts: texts)
+    # A character is a token.
+    tokenizer = types.SimpleNamespace(bos_id=0, eos_id=0, specials={}, adds_bos=False, decode=lambda text: text)
+
+    def encode(self, texts):
+        return texts
 
     def score(self, contexts, continuations):
         return [types.SimpleNamespace(logprob=-(digest(a, b) % 10**6) / 3e4, is_greedy=digest(a, b, "greedy") % 2 == 0)
@@ -44,12 +48,16 @@ class Model:
     def score_texts(self, texts):
         return [-(digest(t) % 10**6) / 1e3 for t in texts]
 
-    def generate(self, prompts, **how):
-        """The same prompt gives another text each time, as sampling would."""
+    def complete(self, prompts, *, n, temperature, **how):
+        texts = self.texts(["".join(prompt) for prompt in prompts for _ in range(n)], temperature)
+        return [types.SimpleNamespace(tokens=text) for text in texts]
+
+    def texts(self, prompts, temperature):
+        """Sampled, the same prompt gives another text each time."""
         seen = collections.Counter()
         out = []
         for prompt in prompts:
-            seen[prompt] += 1
+            seen[prompt] += temperature > 0
             rng = random.Random(digest(prompt, seen[prompt]))
             out.append(" ".join(rng.choices(WORDS, k=3)) + rng.choice(["", "\n\nmore", " stop it"]))
         return out
@@ -133,12 +141,10 @@ def write(folder):
     return paths
 
 
-def harness(folder, names):
-    """Returns what lm-evaluation-harness finds: {task: (metrics, samples)}."""
-    import lm_eval
+def hashed():
+    """Returns the model as a class of the harness."""
     from lm_eval.api.model import LM
     from lm_eval.models.utils import postprocess_generated_text
-    from lm_eval.tasks import TaskManager
 
     class Hashed(LM):
         model = Model()
@@ -151,13 +157,22 @@ def harness(folder, names):
             return self.model.score_texts([r.args[0] for r in asked])
 
         def generate_until(self, asked):
-            texts = self.model.generate([r.args[0] for r in asked])
+            temperature = asked[0].args[1].get("temperature", 0)
+            texts = self.model.texts([r.args[0] for r in asked], temperature)
             return [postprocess_generated_text(t, r.args[1]["until"], None) for t, r in zip(texts, asked)]
+
+    return Hashed
+
+
+def harness(folder, names):
+    """Returns what lm-evaluation-harness finds: {task: (metrics, samples)}."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     out = {}
     for name in names:   # apart, so that equal prompts of other tasks do not count
-        found = lm_eval.simple_evaluate(Hashed(), tasks=[name], task_manager=manager, bootstrap_iters=ITERS)
+        found = lm_eval.simple_evaluate(hashed()(), tasks=[name], task_manager=manager, bootstrap_iters=ITERS)
         out[name] = found["results"][name], found["samples"][name]
     return out
 
