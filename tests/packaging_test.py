@@ -95,7 +95,7 @@ def python(folder, name, text):
 def test_make_help_names_every_target(checkout):
     _, make = checkout
     assert [line.split()[1] for line in make("help").stdout.splitlines()] == [
-        "help", "quickstart", "test", "slow", "clean"]
+        "help", "quickstart", "test", "slow", "clients", "clean"]
 
 
 def test_make_installs_before_it_runs_and_only_once(checkout):
