@@ -18,6 +18,8 @@ from fm_jax import tokenizer as tokenizers
 from fm_jax.data.prepared import document_ends
 from fm_jax.errors import UserError, choose
 
+STEPS = 8   # tokens between two looks of the host. GPT-2-like, 2 EPYC cores: 4.7 to 4.0 ms a token, 8 rows 8.5 to 7.6
+
 
 def load(folder, *, step: int | None = None, mesh: dict | None = None, ema: bool = True) -> "Pretrained":
     """Returns the model in a run folder, in a folder of Hugging Face weights, or in a GGUF file.
@@ -159,7 +161,8 @@ class Pretrained:
                 made = decode.complete(
                     self.objective, self._decode_params[1], [prompts[i] for i in padded],
                     max_new_tokens=max_new_tokens, sampling=sampling, seeds=(seed + np.array(which)) % 2**32,
-                    n=len(which) // rows, logprobs=logprobs, stopped=stopped if stop else None, stop_ids=stop_ids)
+                    n=len(which) // rows, logprobs=logprobs, stopped=stopped if stop else None, stop_ids=stop_ids,
+                    steps_per_dispatch=min(STEPS, max_new_tokens))
                 for i, each in zip(which, made):
                     out[i] = each
         return out
