@@ -101,12 +101,6 @@ def encode_pairs(tokenizer, contexts, continuations) -> list[tuple[np.ndarray, n
     return pairs
 
 
-def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Returns (context ids, continuation ids) of a pair; see `encode_pairs`."""
-    (before, after), = encode_pairs(tokenizer, [context], [continuation])
-    return before.tolist(), after.tolist()
-
-
 def windows(tokens, prefix: int, max_length: int):
     """Returns (context, continuation) pairs that score each token of a text once, in windows of the model's context.
 

@@ -16,6 +16,11 @@ from fm_jax.errors import UserError
 CONTEXT = 64
 
 
+def encode_pair(tokenizer, context, continuation):
+    (before, after), = scoring.encode_pairs(tokenizer, [context], [continuation])
+    return before.tolist(), after.tolist()
+
+
 @pytest.fixture(scope="module")
 def sentencepiece(tmp_path_factory):
     """Returns a tokenizer that joins across words and spaces, so that where a string is cut matters."""
@@ -65,7 +70,7 @@ def log_softmax(model):
 ])
 def test_pairs_are_cut_where_the_contexts_own_tokens_end(sentencepiece, context, continuation, moved_context,
                                                         moved_continuation):
-    ids, rest = scoring.encode_pair(sentencepiece, context, continuation)
+    ids, rest = encode_pair(sentencepiece, context, continuation)
     whole = sentencepiece.encode(moved_context + moved_continuation).tolist()
     assert ids == sentencepiece.encode(moved_context).tolist() and rest == whole[len(ids):]
     assert rest and all(type(i) in (int, np.int32) for i in rest)
@@ -73,21 +78,21 @@ def test_pairs_are_cut_where_the_contexts_own_tokens_end(sentencepiece, context,
 
 def test_the_cut_need_not_be_a_boundary_of_the_whole(sentencepiece):
     """The harness never checks that the context's tokens begin the whole's; "th" + "ere" joins across the cut."""
-    ids, rest = scoring.encode_pair(sentencepiece, "the cat at th", "e other mat")
+    ids, rest = encode_pair(sentencepiece, "the cat at th", "e other mat")
     whole = sentencepiece.encode("the cat at the other mat").tolist()
     assert whole[: len(ids)] != ids and rest == whole[len(ids):]
 
 
 def test_an_empty_context_is_the_beginning_of_text():
     tokenizer = tokenizers.load("bytes")
-    assert scoring.encode_pair(tokenizer, "", "ab") == ([tokenizer.bos_id], [97, 98])
+    assert encode_pair(tokenizer, "", "ab") == ([tokenizer.bos_id], [97, 98])
 
     class NoBeginning:   # only an end; and a text that begins with it keeps it as the context
         bos_id, eos_id, adds_bos = None, 7, False
         encode_batch = staticmethod(lambda texts, special: [np.array([7, 8, 9] if text.startswith("<") else [8, 9])
                                                             for text in texts])
-    assert scoring.encode_pair(NoBeginning, "", "ab") == ([7], [8, 9])
-    assert scoring.encode_pair(NoBeginning, "", "<ab") == ([7], [8, 9])
+    assert encode_pair(NoBeginning, "", "ab") == ([7], [8, 9])
+    assert encode_pair(NoBeginning, "", "<ab") == ([7], [8, 9])
 
 
 def test_a_context_that_the_tokenizer_drops_is_the_beginning_of_text(tmp_path):
@@ -96,9 +101,9 @@ def test_a_context_that_the_tokenizer_drops_is_the_beginning_of_text(tmp_path):
     model.normalizer, model.pre_tokenizer = hf.normalizers.Replace("\u200b", ""), hf.pre_tokenizers.Whitespace()
     model.save(str(tmp_path / "tokenizer.json"))
     tokenizer = tokenizers.load(tmp_path)
-    assert scoring.encode_pair(tokenizer, "\u200b", " cat sat") == ([0], [1, 2])
-    assert scoring.encode_pair(tokenizer, "cat", " sat") == ([1], [2])
-    assert scoring.encode_pair(tokenizer, "", "\u200b") == ([0], [])   # which `score` refuses
+    assert encode_pair(tokenizer, "\u200b", " cat sat") == ([0], [1, 2])
+    assert encode_pair(tokenizer, "cat", " sat") == ([1], [2])
+    assert encode_pair(tokenizer, "", "\u200b") == ([0], [])   # which `score` refuses
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["begins", "plain"])
@@ -124,13 +129,13 @@ def test_special_tokens_are_read_as_the_harness_reads_them(published):
             ("the</s> ", "sat", (before + [2, 1], [4])),                   # spelt, it is the token
             ("<s> the cat", " sat", ([0, 2, 3], [4])),                     # it is there already
             ("", "cat sat", ([0], [3, 4])), ("", "<s>cat", ([0], [3]))]:   # added by the rule for no context
-        assert scoring.encode_pair(tokenizer, context, continuation) == want
+        assert encode_pair(tokenizer, context, continuation) == want
     contexts, continuations = ["the cat", "", "the cat"], [" sat", "cat", " sat"]
     for pair, a, b in zip(scoring.encode_pairs(tokenizer, contexts, continuations), contexts, continuations):
-        assert tuple(x.tolist() for x in pair) == scoring.encode_pair(tokenizer, a, b)
+        assert tuple(x.tolist() for x in pair) == encode_pair(tokenizer, a, b)
         assert all(x.dtype == np.int32 for x in pair)
     if begins:
-        assert scoring.encode_pair(tokenizer, " \n", "cat") == ([0], [3])   # there is a context after all
+        assert encode_pair(tokenizer, " \n", "cat") == ([0], [3])   # there is a context after all
 
 
 def test_a_whole_text_is_read_with_its_beginning(published, model, monkeypatch):
@@ -147,7 +152,7 @@ def test_a_whole_text_is_read_with_its_beginning(published, model, monkeypatch):
     ("a", "", "empty continuation"), (" \n", "a", "only white space")])
 def test_pairs_without_a_probability_are_refused(context, continuation, message):
     with pytest.raises(UserError, match=message):
-        scoring.encode_pair(tokenizers.load("bytes"), context, continuation)
+        encode_pair(tokenizers.load("bytes"), context, continuation)
 
 
 def test_windows_follow_the_rule_and_meet_each_token_once():
@@ -392,6 +397,6 @@ def test_a_tokenizer_without_ends_is_named(model):
         bos_id = eos_id = None
         adds_bos = False
         encode_batch = staticmethod(lambda texts, special: [np.array([8, 9]) for _ in texts])
-    for score in (lambda: scoring.encode_pair(Endless, "", "ab"), lambda: scoring.score_texts(*model, Endless, ["ab"])):
+    for score in (lambda: encode_pair(Endless, "", "ab"), lambda: scoring.score_texts(*model, Endless, ["ab"])):
         with pytest.raises(UserError, match="no beginning- or end-of-text token"):
             score()
