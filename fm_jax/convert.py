@@ -9,7 +9,8 @@ Reads safetensors, in one file or several, of the families gpt2, llama and mistr
 llama (dequantised; needs the package gguf). Tokenizer and chat template come along.
 The run it writes is at step 0, for evaluate, generate and fm_jax.load; training goes on from its weights in a run of
 its own, with --config.checkpoint.init_from. What it exports opens with transformers' AutoModelForCausalLM: the
-average of the parameters where the run keeps one. Layer 5.
+average of the parameters where the run keeps one. An exported tokenizer of ours puts nothing before a text; a prompt
+that is to begin where documents began in training spells it out: "<s>Once". Layer 5.
 """
 
 from absl import flags
