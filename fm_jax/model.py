@@ -217,9 +217,8 @@ class Attention(nn.Module):
         own = k, v
         if cache is not None and not self.cross:
             *held, places = cache
-            rows = jnp.arange(x_BTD.shape[0])[:, None]
             new = [a.astype(h.dtype) for a, h in zip(own, held)]
-            stored = [h.at[rows, :, places.write_BT].set(n, mode="drop") for h, n in zip(held, new)]
+            stored = [kernels.stored(h, n, places.write_BT) for h, n in zip(held, new)]
             k, v = ([jnp.concatenate([h, n.swapaxes(1, 2)], axis=2) for h, n in zip(held, new)] if places.beside
                     else stored)
             cache = (*stored, places)

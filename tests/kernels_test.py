@@ -208,6 +208,18 @@ def test_chunked_attention_equals_numpy_and_autodiff(name):
     np.testing.assert_allclose(cached, naive, **CLOSE)
 
 
+@pytest.mark.parametrize("B", [1, 3])
+def test_a_cache_takes_new_entries_at_their_places(B):
+    rng, K, S, T, H = np.random.default_rng(0), 2, 7, 3, 4
+    held, new = rng.normal(size=(B, K, S, H)).astype("f"), rng.normal(size=(B, T, K, H)).astype("f")
+    places = np.array([[2, 6, 7], [0, 9, 3], [7, 8, 9]])[:B]   # 7 and more: not there
+    want = held.copy()
+    for row, t in np.ndindex(B, T):
+        if places[row, t] < S:
+            want[row, :, places[row, t]] = new[row, t]
+    np.testing.assert_array_equal(kernels.stored(jnp.asarray(held), jnp.asarray(new), places), want)
+
+
 @pytest.mark.parametrize("kernel", ["chunked", "reference"])
 def test_attention_gradients_equal_differences(kernel):
     """Both kernels, on their own, against differences of the loops: a mask wrong in both would agree."""
