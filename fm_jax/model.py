@@ -143,11 +143,14 @@ class Cache(NamedTuple):
 
 
 class Trunk(NamedTuple):
-    """Keys and values [L, S, K, H] of the tokens that all rows of a batch go on from; the first `length` are real."""
+    """Keys and values [L, S, K, H] of tokens that rows of trees go on from, each tree from as many as it likes.
+
+    last_BS: the last token of each row that sees each of them, with all before it; -1: none.
+    """
 
     k: jax.Array
     v: jax.Array
-    length: jax.Array
+    last_BS: jax.Array
 
 
 class Places(NamedTuple):
@@ -353,7 +356,7 @@ class Transformer(nn.Module):
             their right say so in its `count_B`.
           last_BT: each row is not one sequence but trees of tokens, depth first, each seeing itself and its ancestors;
             the index of the last token below this one (its own, where there is none). `positions_BT` says how deep.
-          trunk: of trees, what comes before all of them. Not with segments, a prefix or a cache.
+          trunk: of trees, what comes before them. Not with segments, a prefix or a cache.
           key: of dropout; None: no dropout.
           capture: names out of TAPS to return, each [L, B, T, D]; of "k" and "v" [L, B, T, K, H].
         """
@@ -440,7 +443,7 @@ def _tree_mask(positions_BT, last_BT, trunk, window):
     if trunk is not None:
         before = jnp.broadcast_to(jnp.arange(trunk.k.shape[1]), (B, trunk.k.shape[1]))
         places, first = jnp.concatenate([before, places], 1), jnp.concatenate([jnp.zeros_like(before), first], 1)
-        last = jnp.concatenate([jnp.where(before < trunk.length, T, -1), last], axis=1)
+        last = jnp.concatenate([trunk.last_BS, last], axis=1)
     return kernels.Mask(False, window, q_index_BT=positions_BT, k_index_BS=places, k_first_BS=first, k_last_BS=last)
 
 

@@ -97,7 +97,7 @@ class Pretrained:
         self._parts = self.module.layout.batch_parts   # the mesh cuts every batch into so many: rows are added to fit
         self._batch_size = -(-16 // self._parts) * self._parts
         self._jitted = {name: jax.jit(f) for name, f in objective.predict.items() if name in ("logits", "hidden")}
-        self._decode_params = [], None   # (arrays of params, what decode.per_layer made of them), when first needed
+        self._layers = [], None   # (arrays of params, what decode.per_layer made of them), when first needed
 
     def __repr__(self):
         return f"<{self.config.name or self.config.objective}: {tree.count(self.params):,} parameters>"
@@ -116,11 +116,11 @@ class Pretrained:
         if len(contexts) != len(continuations):
             raise UserError(f"{len(contexts)} contexts for {len(continuations)} continuations; give one for each")
         pairs = scoring.encode_pairs(self.tokenizer, contexts, continuations)
-        return scoring.score(self.objective, self.params, pairs, batch_size=self._batch_size, work=self.work)
+        return scoring.score(self.objective, self._scored_with(), pairs, batch_size=self._batch_size, work=self.work)
 
     def score_texts(self, texts) -> list[float]:
         """Returns the natural log-probability of each text, from an empty context, every token of it scored once."""
-        return scoring.score_texts(self.objective, self.params, self.tokenizer, _texts("texts", texts),
+        return scoring.score_texts(self.objective, self._scored_with(), self.tokenizer, _texts("texts", texts),
                                    batch_size=self._batch_size, work=self.work)
 
     def complete(self, prompts, *, max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0,
@@ -142,9 +142,7 @@ class Pretrained:
         if "" in (stop := _texts("stop", stop)):
             raise UserError("stop='': an empty stop string would end every text at once; leave it out")
         text = text or (lambda i, new: self.tokenizer.decode(new))
-        arrays = jax.tree.leaves(self.params)
-        if len(arrays) != len(self._decode_params[0]) or any(map(operator.is_not, arrays, self._decode_params[0])):
-            self._decode_params = arrays, decode.per_layer(self.params)
+        params = self._per_layer()
         sampling = decode.Sampling(temperature, top_k, top_p, self.tokenizer.vocab_size, min_p, repetition_penalty)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))   # like lengths together: little padding
         at_once = min(n, self._batch_size)              # continuations of a prompt in a batch
@@ -159,7 +157,7 @@ class Pretrained:
                 which = [i * n + j for i in padded for j in range(first, min(first + at_once, n))]
                 stopped = lambda row, new: decode.find_stop(text(which[row], new), stop)[1]
                 made = decode.complete(
-                    self.objective, self._decode_params[1], [prompts[i] for i in padded],
+                    self.objective, params, [prompts[i] for i in padded],
                     max_new_tokens=max_new_tokens, sampling=sampling, seeds=(seed + np.array(which)) % 2**32,
                     n=len(which) // rows, logprobs=logprobs, stopped=stopped if stop else None, stop_ids=stop_ids,
                     steps_per_dispatch=min(STEPS, max_new_tokens))
@@ -226,6 +224,18 @@ class Pretrained:
         same = isinstance(prompt, str) and whole.startswith(prompt)
         before = prompt if same else os.path.commonprefix([whole, self.tokenizer.decode(ids)])
         return whole[len(before):]
+
+    def _per_layer(self):
+        """Returns the parameters as `decode.per_layer` makes them: once, until there are others."""
+        arrays = jax.tree.leaves(self.params)
+        if len(arrays) != len(self._layers[0]) or any(map(operator.is_not, arrays, self._layers[0])):
+            self._layers = arrays, decode.per_layer(self.params)
+        return self._layers[1]
+
+    def _scored_with(self):
+        """Returns the parameters for `scoring`: where XLA copies each layer out of their stack, the layers' own."""
+        on_cpu = next(iter(jax.tree.leaves(self.params)[0].devices())).platform == "cpu"
+        return self._per_layer() if on_cpu else self.params
 
     def _checked(self, tokens):
         """Returns int32 [B + what the mesh needs, T]."""

@@ -3,8 +3,8 @@
 Tokenising, truncation and windows follow lm-evaluation-harness 0.4.13, so that its numbers and ours agree. What is
 computed does not: the requests are one tree of tokens, in which equal beginnings are one branch, and each token of it
 goes through the model once. `batches` cuts the tree into rows of a few lengths. A beginning that too many requests
-share for one row, as the worked examples of a subject, is a trunk: it is computed first, and rows attend to its keys
-and values.
+share for one row, as the worked examples of a subject, is a trunk: it is computed first, and rows attend to the keys
+and values of as much of it as is theirs.
 """
 
 import bisect
@@ -21,12 +21,15 @@ from fm_jax.data.prepared import document_ends
 from fm_jax.errors import UserError
 from fm_jax.model import Trunk
 
-SMALLEST_ROW = 64     # tokens: rows and trunks have this length (rows if they hold all there is), or
+SMALLEST_ROW = 64     # tokens: rows and trunks have this length, or
 ROW = 256             # this, 384, 512, 640 and so on
 LONGEST_TREE = 1024   # tokens of a tree that many requests share; longer ones are cut behind a trunk, or in pieces
 SHORTEST_TRUNK = 32   # a shorter beginning is repeated in each piece rather than computed before
-# Attention to so many keys takes as long as the rest of a token. SmolLM2-135M, float32, 2 EPYC cores, 2026-11: 1,900.
+HEAD = 128            # places whose logits there are at a time: so many of 49,152 tokens stay in the processor's cache
+# Time in that of a token, of SmolLM2-135M, float32, 2 EPYC cores, 2026-11. Attention to so many keys:
 KEYS_PER_TOKEN = 2000
+PASS = 32             # a forward pass, whatever is in it
+SHAPE = 256           # another compiled shape; it takes some seconds, but is kept for the next time
 
 
 class Score(NamedTuple):
@@ -123,6 +126,8 @@ def score(objective, params, pairs, *, batch_size: int = 16, work: Work | None =
     """Returns the scores of pairs of token-id lists, in their order; a context too long is cut at its left.
 
     Args:
+      params: stacked or as `decode.per_layer` makes them, which takes XLA:CPU half the time for a row of 64 tokens
+        and a tenth less for 2,048 (SmolLM2-135M).
       batch_size: rows of 128 tokens in a forward pass, and as many fewer of longer ones. The scores do not depend on
         it, nor on the other pairs. Of SmolLM2-135M on two cores, 2,048 tokens take 5% less time each than 1,024.
       work: to this is added what was computed.
@@ -148,7 +153,7 @@ def score(objective, params, pairs, *, batch_size: int = 16, work: Work | None =
     work.tokens += sum(map(len, inputs))
     sums, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
     trees, head = objective.predict["trees"], objective.predict["score"]
-    trunk = held = None
+    trunk = None   # (keys, values) [L, S, K, H]
     before = []   # (owners, what `head` gave): fetched one pass late, so that the host never holds up the device
 
     def fetch(owners, found):
@@ -157,27 +162,24 @@ def score(objective, params, pairs, *, batch_size: int = 16, work: Work | None =
         greedy[owners[correct == 0]] = False
 
     made = list(batches(inputs, targets, batch_size, parts))
-    room = max((b.trunk + b.tokens_BT.shape[1] for b in made if b.kept), default=0)
+    room = max((b.trunk_BS.shape[1] + b.tokens_BT.shape[1] for b in made if b.kept), default=0)
     for batch in made:
-        if batch.trunk and (held is None or held.length != batch.trunk):
-            held = _cut(trunk, bucket(batch.trunk))._replace(length=np.int32(batch.trunk))
+        S = batch.trunk_BS.shape[1]
         hidden, taps = _trees(trees, params, batch.tokens_BT, batch.positions_BT, batch.last_BT,
-                              held if batch.trunk else None, ("k", "v") if batch.kept else ())
+                              Trunk(*_cut(trunk, S), batch.trunk_BS) if S else None, ("k", "v") if batch.kept else ())
         if batch.kept:
             if trunk is None:
-                shape = arch.num_layers, bucket(room), arch.num_kv_heads, arch.head_dim
-                trunk = Trunk(*(jnp.zeros(shape, arch.dtype) for _ in "kv"), np.int32(0))
-            trunk, held = _joined(trunk, taps["k"], taps["v"], np.int32(batch.trunk)), None
-        if n := len(batch.owners_N):
-            padded = [np.pad(x, (0, bucket(n) - n)) for x in (batch.places_N, batch.targets_N)]
-            before.append((batch.owners_N, _score(head, params, hidden, *padded)))
+                trunk = _zeros((arch.num_layers, room, arch.num_kv_heads, arch.head_dim), arch.dtype)
+            trunk = _joined(trunk, taps["k"], taps["v"], np.int32(batch.positions_BT[0, 0]))
+        late, before = before, []
+        for places, rows, wanted, owners in _pieces(batch):
+            before.append((owners, _score(head, params, _gathered(hidden, places), rows, wanted)))
+        for each in late:
+            fetch(*each)
         work.computed += batch.computed
         work.places += batch.tokens_BT.size
-        shape = "x".join(map(str, batch.tokens_BT.shape)) + (f" on {bucket(batch.trunk)}" if batch.trunk else "") + (
-            " kept" if batch.kept else "")
+        shape = "x".join(map(str, batch.tokens_BT.shape)) + (f" on {S}" if S else "") + " kept" * bool(batch.kept)
         work.shapes[shape] = work.shapes.get(shape, 0) + 1
-        while len(before) > 1:
-            fetch(*before.pop(0))
     for each in before:
         fetch(*each)
     return [Score(float(s), bool(g), len(t)) for s, g, t in zip(sums, greedy, targets)]
@@ -197,27 +199,53 @@ def score_texts(objective, params, tokenizer, texts, *, batch_size: int = 16, wo
     return totals
 
 
+def _pieces(batch):
+    """Yields (places, rows, targets, owners) of what is read from a batch: HEAD places at most, each once.
+
+    rows: of each target, the number of its place in `places`. All but the owners are padded to few lengths.
+    """
+    places_P, rows_N = np.unique(batch.places_N, return_inverse=True)
+    for begin in range(0, len(places_P), HEAD):
+        chosen = np.flatnonzero((begin <= rows_N) & (rows_N < begin + HEAD))
+        places = places_P[begin : begin + HEAD]
+        size = HEAD // 2 if len(places) <= HEAD // 2 else HEAD
+        length = size << max(-(-len(chosen) // size) - 1, 0).bit_length()
+        pad = lambda x, n: np.pad(x, (0, n - len(x))).astype(np.int32)
+        yield (pad(places, size), pad(rows_N[chosen] - begin, length), pad(batch.targets_N[chosen], length),
+               batch.owners_N[chosen])
+
+
 @functools.partial(jax.jit, static_argnames=("trees", "capture"))
 def _trees(trees, params, tokens_BT, positions_BT, last_BT, trunk, capture):
     return trees(params, tokens_BT, positions_BT, last_BT, trunk, capture=capture)
 
 
+@jax.jit
+def _gathered(hidden_BTD, places_P):
+    return hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[places_P]
+
+
 @functools.partial(jax.jit, static_argnames="score")
-def _score(score, params, hidden_BTD, places_N, targets_N):
-    return score(params, hidden_BTD, places_N, targets_N)
+def _score(score, params, hidden_PD, rows_N, targets_N):
+    return score(params, hidden_PD, rows_N, targets_N)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _zeros(shape, dtype):
+    return tuple(jnp.zeros(shape, dtype) for _ in "kv")
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _joined(trunk, k_LBTKH, v_LBTKH, start):
-    """Returns the trunk with the first row's keys and values from place `start` on."""
+    """Returns the trunk's keys and values with those of the first row from place `start` on."""
     put = lambda held, new: jax.lax.dynamic_update_slice_in_dim(held, new[:, 0].astype(held.dtype), start, axis=1)
-    return Trunk(put(trunk.k, k_LBTKH), put(trunk.v, v_LBTKH), trunk.length)
+    return put(trunk[0], k_LBTKH), put(trunk[1], v_LBTKH)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _cut(trunk, length):
-    """Returns the trunk's first `length` places."""
-    return trunk._replace(k=trunk.k[:, :length], v=trunk.v[:, :length])
+    """Returns the first `length` places of the trunk."""
+    return jax.tree.map(lambda held: held[:, :length], trunk)
 
 
 # --- from requests to rows --------------------------------------------------------------------------------------------
@@ -228,12 +256,20 @@ class Batch(NamedTuple):
     tokens_BT: np.ndarray
     positions_BT: np.ndarray
     last_BT: np.ndarray     # as in `model.Transformer`
-    trunk: int              # so many tokens come before them all: those that earlier batches kept
+    trunk_BS: np.ndarray    # as `last_BS` in `model.Trunk`: what earlier batches kept and these trees go on from
     kept: int               # so many tokens of the first row are a trunk, or more of it, for later batches
     computed: int           # tokens that are not padding
     places_N: np.ndarray    # in [B * T]: where a target is predicted
     targets_N: np.ndarray
     owners_N: np.ndarray    # the request that the target belongs to
+
+
+class Piece(NamedTuple):
+    """The leaves low to high of the tree of all requests, from their token `depth` on, up to which they are the same."""
+
+    low: int
+    high: int
+    depth: int
 
 
 def bucket(n: int) -> int:
@@ -251,58 +287,82 @@ def batches(inputs, targets, batch_size: int, parts: int) -> Iterator[Batch]:
     """
     tree = _Tree(inputs, targets)
     budget = batch_size * ROW // 2
-    groups = [(0, len(tree.leaves), 0, 0)] if inputs else []
-    while groups:
-        low, high, start, end = groups.pop()
-        for begin in range(start, end, budget):   # what the leaves low to high share, from place start to end
-            stop = min(begin + budget, end)
-            rows = _Rows(tree, begin, parts, bucket(stop - begin))
-            rows.add(0, low, low + 1, stop)
-            for leaf in range(low + 1, high):
-                rows.read(leaf, begin, stop, np.arange(stop - begin))
+    todo = [Piece(0, len(tree.leaves), 0)] if inputs else []
+    while todo:
+        piece = todo.pop()
+        leaf, end, trees, groups = tree.plan(piece)
+        for begin in range(piece.depth, end, budget):   # the trunk: tokens of one leaf, which others share up to
+            stop = min(begin + budget, end)             # where they leave it
+            rows = _Rows(tree, parts, bucket(stop - begin), begin)
+            rows.add(0, Piece(leaf, leaf + 1, begin), stop)
+            for low, high, depth in trees + groups:
+                for other in range(low, high):
+                    if other != leaf:
+                        rows.read(other, begin, min(stop, depth), np.arange(stop - begin))
             yield rows.batch(kept=stop - begin)
-        pieces, inner = tree.pieces(low, high, end)
-        groups += inner[::-1]
-        # The longest rows first: what is to run out of memory does so at once.
-        for length, packed in sorted(_packed([tree.size(*piece, end) for piece in pieces], end).items(), reverse=True):
-            most = max(budget // length // parts, 1) * parts
-            for first in range(0, len(packed), most):
-                chosen = packed[first : first + most]
-                fewest = 1 << (-(-len(chosen) // parts) - 1).bit_length()
-                rows = _Rows(tree, end, min(fewest * parts, most), length)
-                for row, numbers in enumerate(chosen):
-                    for number in numbers:
-                        rows.add(row, *pieces[number])
+        # What needs a trunk of its own: the deepest first, as it writes over this one from its depth on.
+        todo += sorted(groups, key=lambda group: group.depth)
+        trees = [small for each in trees for small in tree.cut(each)]
+        trees.sort(key=lambda each: -each.depth)   # in each row, as `trunk_BS` needs it
+        trunk = max((each.depth for each in trees), default=0)
+        for length, size, packed in _packed([tree.size(*each) for each in trees], bucket(trunk) if trunk else 0, budget,
+                                            parts):
+            for first in range(0, len(packed), size):
+                rows = _Rows(tree, size, length, trunk)
+                for row, numbers in enumerate(packed[first : first + size]):
+                    for number in sorted(numbers):
+                        rows.add(row, trees[number])
                 yield rows.batch()
 
 
-def _packed(sizes: list[int], trunk: int) -> dict[int, list[list[int]]]:
-    """Returns {length: rows of that length}, a row being the numbers of the trees in it, given their sizes in tokens.
+def _packed(sizes: list[int], trunk: int, budget: int, parts: int) -> list[tuple[int, int, list[list[int]]]]:
+    """Returns (length, rows in a batch, rows) of each length of rows, the longest first: what is to run out of memory
+    does so at once.
 
-    First fit, the largest first, each row of the length at which a token takes the least time.
+    sizes: of trees, in tokens, behind a trunk of so many. A row is the numbers of the trees in it: the largest are
+    placed first, each where the least room is left. A batch has at most `budget` tokens, or `parts` rows. Of the
+    lengths that rows can have, those are taken that make the time of all batches least.
     """
-    left, rows, total = sorted((size, number) for number, size in enumerate(sizes) if size), {}, sum(sizes)
-    while left:
-        best = None
-        length = bucket(left[-1][0] if total <= SMALLEST_ROW else max(left[-1][0], ROW))
-        while True:
-            room, taken, at = length, [], len(left)
-            while at := bisect.bisect_left(left, (room + 1,), 0, at):
-                at -= 1
-                taken.append(at)
-                room -= left[at][0]
-            cost = length * (1 + (length / 2 + trunk) / KEYS_PER_TOKEN) / (length - room)
-            if best is None or cost < best[0]:
-                best = cost, length, taken, room
-            if length >= LONGEST_TREE or len(taken) == len(left):
-                break
-            length = bucket(length + 1)
-        _, length, taken, room = best
-        total -= length - room
-        rows.setdefault(length, []).append([left[at][1] for at in taken])
-        for at in taken:   # from the back
-            del left[at]
-    return rows
+    order = sorted((size, number) for number, size in enumerate(sizes) if size)[::-1]
+
+    def filled(lengths):
+        """Returns {length: rows}."""
+        rooms, rows = [], {length: [] for length in lengths}
+        for size, number in order:
+            at = bisect.bisect_left(rooms, (size,))
+            if at < len(rooms):
+                room, length, row = rooms.pop(at)
+            else:
+                room = length = lengths[bisect.bisect_left(lengths, size)]
+                row = len(rows[length])
+                rows[length].append([])
+            rows[length][row].append(number)
+            bisect.insort(rooms, (room - size, length, row))
+        return rows
+
+    def split(length, count):
+        """Returns (time in tokens, rows in a batch) of so many rows of a length."""
+        most = max(budget // length // parts, 1)
+        row = length * (1 + (length / 2 + trunk) / KEYS_PER_TOKEN)
+        return min((-(-count // size) * (PASS + size * row), size)
+                   for size in range(parts, parts * most + 1, parts))
+
+    def cost(rows):
+        return sum(split(length, len(each))[0] + SHAPE for length, each in rows.items() if each)
+
+    if not order:
+        return []
+    longest = bucket(order[0][0])
+    candidates = {bucket(size) for size, _ in order} | {n for n in map(bucket, range(1, LONGEST_TREE + 1, SMALLEST_ROW))}
+    tried = {(length,): filled([length]) for length in candidates if length >= longest}
+    lengths, rows = min(tried.items(), key=lambda each: cost(each[1]))
+    while len(lengths) < len(candidates):
+        tried = {each: filled(each) for each in (tuple(sorted({*lengths, n})) for n in candidates - {*lengths})}
+        better = min(tried.items(), key=lambda each: cost(each[1]))
+        if cost(better[1]) >= cost(rows):
+            break
+        lengths, rows = better
+    return [(length, split(length, len(rows[length]))[1], rows[length]) for length in lengths[::-1] if rows[length]]
 
 
 class _Tree:
@@ -328,32 +388,58 @@ class _Tree:
         """Returns the tokens of the leaves low to high behind the first `depth`, which they share."""
         return int(self.lengths[low] - depth + self._added[high] - self._added[low + 1])
 
-    def pieces(self, low, high, depth):
-        """Returns (trees, groups) of the leaves low to high: what one row can hold, and what needs a trunk first.
+    def plan(self, piece):
+        """Returns (leaf, end, trees, groups), pieces both: what a row can hold, and what needs a trunk first.
 
-        A tree is (low, high); a group (low, high, start and end of its trunk).
+        They hang on a trunk: on the tokens of `leaf` from the piece's depth to `end`, each from its own depth on. The
+        trunk goes where most tokens are. There is none, end is the piece's depth, where it would be short.
         """
-        trees, groups, todo = [], [], [(low, high)]
-        while todo:
-            a, b = todo.pop()
-            size, longest = self.size(a, b, depth), int(self.lengths[a:b].max()) - depth
-            if size <= max(LONGEST_TREE, longest * 5 // 4):   # mostly one sequence, of whatever length: it has no waste
-                trees.append((a, b))
-                continue
-            end = int(self.shared[a + 1 : b].min())
-            if end - depth >= SHORTEST_TRUNK:
-                groups.append((a, b, depth, end))
-                continue
-            starts = [a, *(a + 1 + np.flatnonzero(self.shared[a + 1 : b] == end)).tolist()]
-            branches = list(zip(starts, [*starts[1:], b]))
-            if end > depth:   # branches that share a few tokens: so many in a tree that repeating them costs little
-                most, joined = min(32 * (end - depth), ROW), branches[:1]
-                for c, d in branches[1:]:
-                    whole = joined[-1][0], d
-                    joined[-1:] = [whole] if self.size(*whole, depth) <= most else [joined[-1], (c, d)]
-                branches = joined
-            todo += branches
-        return trees, groups
+        low, high, end = piece
+        leaf, found = low, []
+        while self._large(low, high, end):
+            branches, end = self._branches(low, high)
+            *light, (low, high) = sorted(branches, key=lambda each: self.size(*each, end))
+            found += [Piece(*each, end) for each in light]
+            leaf = low
+        found.append(Piece(low, high, end))
+        if end - piece.depth < SHORTEST_TRUNK and len(found) > 1:
+            found, end = self._joined(*piece), piece.depth
+        trees, groups = [], []
+        for each in found:
+            _, stop, *within = self.plan(each) if self._large(*each) else (leaf, each.depth, [each], [])
+            within = within if stop == each.depth else ([], [each])
+            trees, groups = trees + within[0], groups + within[1]
+        return leaf, end, trees, groups
+
+    def cut(self, piece):
+        """Returns the piece as smaller ones that repeat few tokens and fill rows better, where there are such."""
+        if self.size(*piece) <= ROW // 2:
+            return [piece]
+        _, end = self._branches(*piece[:2])
+        if piece.high - piece.low == 1 or 32 * (end - piece.depth) > ROW:
+            return [piece]
+        return [small for each in self._joined(*piece) for small in self.cut(each)]
+
+    def _large(self, low, high, depth):
+        size, longest = self.size(low, high, depth), int(self.lengths[low:high].max()) - depth
+        return size > max(LONGEST_TREE, longest * 5 // 4)   # mostly one sequence, of whatever length, has no waste
+
+    def _branches(self, low, high):
+        """Returns ((low, high) of each branch of the leaves low to high, how many tokens all of them share)."""
+        shared = self.shared[low + 1 : high]
+        end = int(shared.min()) if len(shared) else int(self.lengths[low])
+        starts = [low, *(low + 1 + np.flatnonzero(shared == end)).tolist()]
+        return list(zip(starts, [*starts[1:], high])), end
+
+    def _joined(self, low, high, depth):
+        """Returns the branches of a piece as pieces: so many in each that repeating what they share costs little."""
+        branches, end = self._branches(low, high)
+        most, joined = min(32 * (end - depth), ROW // 2), []
+        for a, b in branches:
+            if joined and self.size(joined[-1].low, b, depth) <= most:
+                a = joined.pop().low
+            joined.append(Piece(a, b, depth))
+        return joined
 
 
 def _common(a, b) -> int:
@@ -363,31 +449,33 @@ def _common(a, b) -> int:
 
 
 class _Rows:
-    """The arrays of a batch, being filled with trees that all go on from the first `trunk` tokens of their leaves."""
+    """The arrays of a batch, being filled with trees; those of a row in the order of their depths, the deepest first."""
 
-    def __init__(self, tree, trunk, B, T):
-        self._tree, self._trunk, self._used = tree, trunk, np.zeros(B, int)
+    def __init__(self, tree, B, T, trunk):
+        self._tree, self._used = tree, np.zeros(B, int)
         self._tokens, self._positions = np.zeros((2, B, T), np.int32)
         self._last = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+        self._trunk = np.full((B, bucket(trunk) if trunk else 0), -1, np.int32)
         self._reads = []
 
-    def add(self, row, low, high, stop=None):
-        """Adds the tree of the leaves low to high, or one leaf's tokens up to place `stop`."""
-        tree, trunk, last = self._tree, self._trunk, self._last[row]
-        at = np.zeros(tree.lengths[low:high].max() - trunk, int)   # of the present leaf's tokens
+    def add(self, row, piece, stop=None):
+        """Adds a tree, or of one leaf the tokens up to place `stop`."""
+        (low, high, depth), tree, last = piece, self._tree, self._last[row]
+        at = np.zeros(tree.lengths[low:high].max() - depth, int)   # of the present leaf's tokens
         end, before = self._used[row], 0
         for leaf in range(low, high):
-            ids = tree.leaves[leaf][trunk:stop]
-            shared = int(tree.shared[leaf]) - trunk if leaf > low else 0
+            ids = tree.leaves[leaf][depth:stop]
+            shared = int(tree.shared[leaf]) - depth if leaf > low else 0
             last[at[shared:before]] = end - 1   # what this leaf does not share is over
             new = slice(end, end + len(ids) - shared)
             self._tokens[row, new] = ids[shared:]
-            self._positions[row, new] = np.arange(trunk + shared, trunk + len(ids))
+            self._positions[row, new] = np.arange(depth + shared, depth + len(ids))
             at[shared : len(ids)] = np.arange(new.start, new.stop)
             end, before = new.stop, len(ids)
-            self.read(leaf, trunk, trunk + len(ids), self._last.shape[1] * row + at)
+            self.read(leaf, depth, depth + len(ids), self._last.shape[1] * row + at)
         last[at[:before]] = end - 1
         self._used[row] = end
+        self._trunk[row, :depth] = end - 1
 
     def read(self, leaf, start, stop, at):
         """Notes what the leaf's requests predict from places start to stop, which are at `at` of the batch."""

@@ -166,10 +166,16 @@ def test_trees_equal_their_paths(variant):
     depth = np.array([[len(p) - 1 for p in row] for row in paths])
     assert depth.max() > 6 and (depth == 0).sum() > 3
     whole, _, taps = run(module, params, np.pad(before, (0, 2))[None], capture=("k", "v"))
-    trunk = model.Trunk(taps["k"][:, 0], taps["v"][:, 0], jnp.int32(6))   # of its 8 places, two are not real
-    for start, kwargs in ((0, {}), (6, {"trunk": trunk})):
+    # Its 8 places: two are not real, and of the others a tree goes on from the first 6 or 2, the longer first.
+    starts = np.array([[6 if path[0] < cut else 2 for path in row] for row, cut in zip(paths, (9, T))])
+    seen_by = [[t for t in range(T) if start[t] > place] for start in starts for place in range(8)]
+    trunk = model.Trunk(taps["k"][:, 0], taps["v"][:, 0],
+                        jnp.array([max(seen, default=-1) for seen in seen_by]).reshape(2, 8))
+    assert len(np.unique(starts[0])) == 2
+    for start, kwargs in ((0 * starts, {}), (starts, {"trunk": trunk})):
         got, _, _ = run(module, params, tokens, positions_BT=jnp.asarray(depth + start), last_BT=jnp.asarray(last), **kwargs)
-        alone = [np.concatenate([before[:start], tokens[row, path]]) for row in range(2) for path in paths[row]]
+        alone = [np.concatenate([before[: start[row, path[-1]]], tokens[row, path]]) for row in range(2)
+                 for path in paths[row]]
         want, _, _ = run(module, params, np.stack([np.pad(ids, (0, 32 - len(ids))) for ids in alone]))
         want = [logits[len(ids) - 1] for logits, ids in zip(want, alone)]
         np.testing.assert_allclose(got.reshape(2 * T, -1), want, rtol=1e-4, atol=1e-4)
@@ -186,7 +192,7 @@ def test_trees_in_chunks_equal_their_definition(variant):
     results = []
     for kernel in ("reference", "chunked"):
         arch, module, params = build(**{**VARIANTS[variant], "attention_kernel": kernel})
-        trunk = model.Trunk(*rng_trunk(arch), jnp.int32(5))
+        trunk = model.Trunk(*rng_trunk(arch), jnp.where(jnp.arange(7) < 5, T - 1, -1)[None])
         results.append(run(module, params, tokens, positions_BT=jnp.asarray(depth[None]), last_BT=jnp.asarray(last[None]),
                            trunk=trunk)[0])
     np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-4)

@@ -192,8 +192,8 @@ def test_new_parameters_are_used_at_once(tiny_run, lm):
     assert older != newest
     other.params = lm.params
     assert say(other) == newest
-    made = other._decode_params[1]
-    assert say(other) == newest and other._decode_params[1] is made   # and not made again for nothing
+    made = other._layers[1]
+    assert say(other) == newest and other._layers[1] is made   # and not made again for nothing
     other.params = {**other.params, "embed": {**other.params["embed"]}}
     other.params["embed"]["tokens"] = -other.params["embed"]["tokens"]   # one array of them, in place
     assert say(other) != newest

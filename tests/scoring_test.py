@@ -238,10 +238,10 @@ def shared_pairs(seed, vocab, longest, n=60):
     """Returns requests that share their beginnings: of all, of some, of a question; and some that share nothing."""
     rng = np.random.default_rng(seed)
     draw = lambda low, high: rng.integers(0, vocab, rng.integers(low, high)).tolist()
-    subject, other = draw(longest // 3, longest // 2), draw(40, 41)
+    subject, other, another = draw(longest // 3, longest // 2), draw(40, 41), draw(40, 41)
     pairs = []
     for i in range(n):
-        shots = [subject, subject + other, subject[:3], []][rng.choice(4, p=[0.4, 0.3, 0.2, 0.1])]
+        shots = [subject, subject + other, subject + another, subject[:3], []][rng.choice(5, p=[0.1, 0.3, 0.3, 0.2, 0.1])]
         context = shots + draw(2, longest // 4)
         answer = draw(1, 3)
         pairs += [(context, answer + draw(1, 6)) for _ in range(rng.integers(1, 5))]   # answers that begin alike
@@ -262,14 +262,15 @@ def test_batches_are_the_requests_laid_out(seed, batch_size):
     trunk, found, computed = [], {}, 0
     for batch in scoring.batches(inputs, targets, batch_size, 2):
         B, T = batch.tokens_BT.shape
-        assert T == scoring.bucket(T) and B % 2 == 0
-        assert batch.trunk <= len(trunk)
+        assert T == scoring.bucket(T) and B % 2 == 0 and (B == 2 or B * T <= batch_size * scoring.ROW // 2)
         paths = {}
         for place in np.unique(batch.places_N).tolist() + ([batch.kept - 1] if batch.kept else []):
             row, t = divmod(place, T)
+            depth = (batch.trunk_BS[row] >= t).sum()
+            assert depth <= len(trunk) and (batch.trunk_BS[row, :depth] >= t).all()   # the first of them, no others
             seen = np.flatnonzero(batch.last_BT[row, : t + 1] >= t)
-            assert (batch.positions_BT[row, seen] == np.arange(batch.trunk, batch.trunk + len(seen))).all()
-            paths[place] = trunk[: batch.trunk] + batch.tokens_BT[row, seen].tolist()
+            assert (batch.positions_BT[row, seen] == np.arange(depth, depth + len(seen))).all()
+            paths[place] = trunk[:depth] + batch.tokens_BT[row, seen].tolist()
         for place, target, owner in zip(batch.places_N.tolist(), batch.targets_N.tolist(), batch.owners_N.tolist()):
             depth = len(paths[place])
             assert inputs[owner][:depth].tolist() == paths[place]
@@ -311,8 +312,8 @@ def scheme(name, mesh=()):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_packing_changes_no_score(name, monkeypatch):
     """Branches of one row, several questions in a row, a trunk before them: as each request alone, to 1e-4."""
-    monkeypatch.setattr(scoring, "LONGEST_TREE", 100)   # so that a few requests need a trunk, and another within
-    model, pairs, work = scheme(name), shared_pairs(0, 40, 192, n=15), scoring.Work()
+    monkeypatch.setattr(scoring, "LONGEST_TREE", 128)   # so that a few requests need a trunk, and another within
+    model, pairs, work = scheme(name), shared_pairs(1, 40, 192, n=15), scoring.Work()
     got = scoring.score(*model, pairs, work=work)
     np.testing.assert_allclose([s.logprob for s in got], naive_scores(*model, pairs), rtol=0, atol=1e-4)
     assert any("kept" in shape and " on " in shape for shape in work.shapes)
@@ -320,7 +321,7 @@ def test_packing_changes_no_score(name, monkeypatch):
 
 
 def test_trunks_of_one_length_are_told_apart(monkeypatch):
-    monkeypatch.setattr(scoring, "LONGEST_TREE", 100)
+    monkeypatch.setattr(scoring, "LONGEST_TREE", 128)
     model, rng, work = scheme("rope, grouped"), np.random.default_rng(3), scoring.Work()
     subjects = rng.integers(0, 40, (3, 60)).tolist()
     pairs = [(subject + rng.integers(0, 40, 20).tolist(), [1, 2]) for subject in subjects for _ in range(8)]
@@ -330,7 +331,7 @@ def test_trunks_of_one_length_are_told_apart(monkeypatch):
 
 
 def test_a_mesh_or_a_batch_size_changes_no_score(monkeypatch):
-    monkeypatch.setattr(scoring, "LONGEST_TREE", 100)
+    monkeypatch.setattr(scoring, "LONGEST_TREE", 128)
     pairs = shared_pairs(1, 40, 192, n=15)
     mesh = (("data", 2), ("fsdp", 2), ("tensor", 2))
     want, *others = (scoring.score(*scheme("rope, grouped", m), pairs, batch_size=n)

@@ -153,14 +153,14 @@ class CausalLM:
                                             capture=capture)
         return hidden, taps
 
-    def score(self, params, hidden_BTD, places_N, targets_N):
-        """Returns float32 (log-probability [N] of each target, 1 where it is the most likely token [N]).
-
-        places_N: of the hidden state that predicts it, its number in [B * T].
+    def score(self, params, hidden_PD, rows_N, targets_N):
+        """Returns float32 (log-probability [N] of each target after hidden state `rows_N`, 1 where it is the likeliest).
         """
-        chosen = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[places_N]
-        nll, _, correct = self.module.apply({"params": params}, chosen[None], targets_N[None], method="losses")
-        return -nll[0], correct[0]
+        logits_PV = self.module.apply({"params": params}, hidden_PD[None], method="logits")[0]
+        top_P = logits_PV.max(-1)
+        lse_P = top_P + jnp.log(jnp.exp(logits_PV - top_P[:, None]).sum(-1))
+        picked_N = logits_PV[rows_N, targets_N]
+        return picked_N - lse_P[rows_N], (picked_N >= top_P[rows_N]).astype(jnp.float32)
 
     def decode(self, params, tokens_BT, cache, last_B=None):
         """Returns (float32 logits [B, V] at place `last_B` of each row (default: its end), cache)."""
