@@ -29,13 +29,25 @@ HEAD = 128            # places whose logits there are at a time: so many of 49,1
 # Time in that of a token, of SmolLM2-135M, float32, 2 EPYC cores, 2026-11. Attention to so many keys:
 KEYS_PER_TOKEN = 2000
 PASS = 32             # a forward pass, whatever is in it
-SHAPE = 256           # another compiled shape; it takes some seconds, but is kept for the next time
+COMPILED = 1024       # a shape to compile; it takes longer here, and nothing the next time, from jax's cache
 
 
 class Score(NamedTuple):
     logprob: float      # natural, of all continuation tokens together
     is_greedy: bool     # every one of them was the most likely token
     num_tokens: int
+
+
+class Shape(NamedTuple):
+    """What a compiled forward pass is for."""
+
+    rows: int
+    length: int
+    trunk: int = 0       # places of a trunk that the rows go on from
+    kept: bool = False   # it gives keys and values: the first row is a trunk
+
+    def __str__(self):
+        return f"{self.rows}x{self.length}" + f" on {self.trunk}" * bool(self.trunk) + " kept" * self.kept
 
 
 @dataclasses.dataclass
@@ -47,7 +59,7 @@ class Work:
     computed: int = 0    # of their tree: each once, but for beginnings that pieces of it repeat
     places: int = 0      # of all rows, padding included
     truncated: int = 0   # requests longer than the model's context, which lost tokens at their left
-    shapes: dict[str, int] = dataclasses.field(default_factory=dict)   # forward passes of each compiled shape
+    shapes: dict[Shape, int] = dataclasses.field(default_factory=dict)   # forward passes of each
 
     def __str__(self):
         shapes = ", ".join(f"{shape} ({n})" for shape, n in self.shapes.items())
@@ -130,7 +142,7 @@ def score(objective, params, pairs, *, batch_size: int = 16, work: Work | None =
         and a tenth less for 2,048 (SmolLM2-135M).
       batch_size: rows of 128 tokens in a forward pass, and as many fewer of longer ones. The scores do not depend on
         it, nor on the other pairs. Of SmolLM2-135M on two cores, 2,048 tokens take 5% less time each than 1,024.
-      work: to this is added what was computed.
+      work: to this is added what was computed. Shapes that it has already are preferred.
 
     Raises:
       UserError: a context without tokens, or a continuation without any or longer than the model's context.
@@ -161,7 +173,7 @@ def score(objective, params, pairs, *, batch_size: int = 16, work: Work | None =
         np.add.at(sums, owners, logprobs)   # float64
         greedy[owners[correct == 0]] = False
 
-    made = list(batches(inputs, targets, batch_size, parts))
+    made = list(batches(inputs, targets, batch_size, parts, work.shapes))
     room = max((b.trunk_BS.shape[1] + b.tokens_BT.shape[1] for b in made if b.kept), default=0)
     for batch in made:
         S = batch.trunk_BS.shape[1]
@@ -178,7 +190,7 @@ def score(objective, params, pairs, *, batch_size: int = 16, work: Work | None =
             fetch(*each)
         work.computed += batch.computed
         work.places += batch.tokens_BT.size
-        shape = "x".join(map(str, batch.tokens_BT.shape)) + (f" on {S}" if S else "") + " kept" * bool(batch.kept)
+        shape = Shape(*batch.tokens_BT.shape, S, batch.kept > 0)
         work.shapes[shape] = work.shapes.get(shape, 0) + 1
     for each in before:
         fetch(*each)
@@ -272,18 +284,22 @@ class Piece(NamedTuple):
     depth: int
 
 
-def bucket(n: int) -> int:
-    """Returns the length of a row or trunk for n tokens: 64, 256, then multiples of 128, then four in a doubling."""
+def bucket(n: int, steps: int = 4) -> int:
+    """Returns the length of a row for n tokens: 64, 256, then multiples of 128, then `steps` in a doubling."""
     if n <= ROW:
         return SMALLEST_ROW if n <= SMALLEST_ROW else ROW
-    step = max(ROW // 2, 1 << (n - 1).bit_length() - 3)
+    step = max(ROW // 2, (1 << (n - 1).bit_length() - 1) // steps)
     return -(-n // step) * step
 
 
-def batches(inputs, targets, batch_size: int, parts: int) -> Iterator[Batch]:
+def _trunk_bucket(n: int) -> int:
+    return bucket(n, 2) if n else 0
+
+
+def batches(inputs, targets, batch_size: int, parts: int, known=()) -> Iterator[Batch]:
     """Yields the forward passes over requests that read tokens `inputs` and predict `targets` with the last of them.
 
-    inputs, targets: int32 arrays, one a request. parts: rows come in multiples of it.
+    inputs, targets: int32 arrays, one a request. parts: rows come in multiples of it. known: shapes to prefer.
     """
     tree = _Tree(inputs, targets)
     budget = batch_size * ROW // 2
@@ -293,7 +309,7 @@ def batches(inputs, targets, batch_size: int, parts: int) -> Iterator[Batch]:
         leaf, end, trees, groups = tree.plan(piece)
         for begin in range(piece.depth, end, budget):   # the trunk: tokens of one leaf, which others share up to
             stop = min(begin + budget, end)             # where they leave it
-            rows = _Rows(tree, parts, bucket(stop - begin), begin)
+            rows = _Rows(tree, parts, bucket(stop - begin), _trunk_bucket(begin))
             rows.add(0, Piece(leaf, leaf + 1, begin), stop)
             for low, high, depth in trees + groups:
                 for other in range(low, high):
@@ -304,19 +320,18 @@ def batches(inputs, targets, batch_size: int, parts: int) -> Iterator[Batch]:
         todo += sorted(groups, key=lambda group: group.depth)
         trees = [small for each in trees for small in tree.cut(each)]
         trees.sort(key=lambda each: -each.depth)   # in each row, as `trunk_BS` needs it
-        trunk = max((each.depth for each in trees), default=0)
-        for length, size, packed in _packed([tree.size(*each) for each in trees], bucket(trunk) if trunk else 0, budget,
-                                            parts):
-            for first in range(0, len(packed), size):
-                rows = _Rows(tree, size, length, trunk)
-                for row, numbers in enumerate(packed[first : first + size]):
+        trunk = _trunk_bucket(max((each.depth for each in trees), default=0))
+        for shape, packed in _packed([tree.size(*each) for each in trees], trunk, budget, parts, known):
+            for first in range(0, len(packed), shape.rows):
+                rows = _Rows(tree, *shape[:3])
+                for row, numbers in enumerate(packed[first : first + shape.rows]):
                     for number in sorted(numbers):
                         rows.add(row, trees[number])
                 yield rows.batch()
 
 
-def _packed(sizes: list[int], trunk: int, budget: int, parts: int) -> list[tuple[int, int, list[list[int]]]]:
-    """Returns (length, rows in a batch, rows) of each length of rows, the longest first: what is to run out of memory
+def _packed(sizes: list[int], trunk: int, budget: int, parts: int, known) -> list[tuple[Shape, list[list[int]]]]:
+    """Returns (shape of its batches, rows) of each length of rows; the longest first: what is to run out of memory
     does so at once.
 
     sizes: of trees, in tokens, behind a trunk of so many. A row is the numbers of the trees in it: the largest are
@@ -340,21 +355,20 @@ def _packed(sizes: list[int], trunk: int, budget: int, parts: int) -> list[tuple
             bisect.insort(rooms, (room - size, length, row))
         return rows
 
-    def split(length, count):
-        """Returns (time in tokens, rows in a batch) of so many rows of a length."""
-        most = max(budget // length // parts, 1)
+    def batched(length, count):
+        """Returns (time in tokens, shape) of the batches of so many rows."""
         row = length * (1 + (length / 2 + trunk) / KEYS_PER_TOKEN)
-        return min((-(-count // size) * (PASS + size * row), size)
-                   for size in range(parts, parts * most + 1, parts))
+        shapes = (Shape(n, length, trunk) for n in range(parts, max(budget // length, parts) + 1, parts))
+        return min((-(-count // shape.rows) * (PASS + shape.rows * row) + COMPILED * (shape not in known), shape)
+                   for shape in shapes)
 
     def cost(rows):
-        return sum(split(length, len(each))[0] + SHAPE for length, each in rows.items() if each)
+        return sum(batched(length, len(each))[0] for length, each in rows.items() if each)
 
     if not order:
         return []
-    longest = bucket(order[0][0])
-    candidates = {bucket(size) for size, _ in order} | {n for n in map(bucket, range(1, LONGEST_TREE + 1, SMALLEST_ROW))}
-    tried = {(length,): filled([length]) for length in candidates if length >= longest}
+    candidates = {bucket(size) for size, _ in order} | {bucket(n) for n in range(1, LONGEST_TREE, SMALLEST_ROW)}
+    tried = {(length,): filled([length]) for length in candidates if length >= order[0][0]}
     lengths, rows = min(tried.items(), key=lambda each: cost(each[1]))
     while len(lengths) < len(candidates):
         tried = {each: filled(each) for each in (tuple(sorted({*lengths, n})) for n in candidates - {*lengths})}
@@ -362,7 +376,7 @@ def _packed(sizes: list[int], trunk: int, budget: int, parts: int) -> list[tuple
         if cost(better[1]) >= cost(rows):
             break
         lengths, rows = better
-    return [(length, split(length, len(rows[length]))[1], rows[length]) for length in lengths[::-1] if rows[length]]
+    return [(batched(length, len(rows[length]))[1], rows[length]) for length in lengths[::-1] if rows[length]]
 
 
 class _Tree:
@@ -455,7 +469,7 @@ class _Rows:
         self._tree, self._used = tree, np.zeros(B, int)
         self._tokens, self._positions = np.zeros((2, B, T), np.int32)
         self._last = np.tile(np.arange(T, dtype=np.int32), (B, 1))
-        self._trunk = np.full((B, bucket(trunk) if trunk else 0), -1, np.int32)
+        self._trunk = np.full((B, trunk), -1, np.int32)
         self._reads = []
 
     def add(self, row, piece, stop=None):

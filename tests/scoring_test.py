@@ -316,7 +316,7 @@ def test_packing_changes_no_score(name, monkeypatch):
     model, pairs, work = scheme(name), shared_pairs(1, 40, 192, n=15), scoring.Work()
     got = scoring.score(*model, pairs, work=work)
     np.testing.assert_allclose([s.logprob for s in got], naive_scores(*model, pairs), rtol=0, atol=1e-4)
-    assert any("kept" in shape and " on " in shape for shape in work.shapes)
+    assert any(shape.kept and shape.trunk for shape in work.shapes)
     assert work.truncated == 1
 
 
@@ -326,7 +326,7 @@ def test_trunks_of_one_length_are_told_apart(monkeypatch):
     subjects = rng.integers(0, 40, (3, 60)).tolist()
     pairs = [(subject + rng.integers(0, 40, 20).tolist(), [1, 2]) for subject in subjects for _ in range(8)]
     got = scoring.score(*model, pairs, work=work)
-    assert work.shapes["1x64 kept"] == 3
+    assert work.shapes[scoring.Shape(1, 64, kept=True)] == 3
     np.testing.assert_allclose([s.logprob for s in got], naive_scores(*model, pairs), rtol=0, atol=1e-4)
 
 
@@ -347,7 +347,7 @@ def test_what_requests_share_is_computed_once():
     four = [(context, [token]) for token in (3, 1, 4, 1)]                    # the letters of a multiple choice
     scoring.score(*model, four + four, work=work)
     assert (work.requests, work.tokens, work.computed, work.places) == (8, 240, 30, 64)
-    assert work.shapes == {"1x64": 1}
+    assert work.shapes == {scoring.Shape(1, 64): 1}
     work = scoring.Work()
     scoring.score(*model, [(context, [7, 8, 9]), (context, [7, 5]), (other, [1, 2])], work=work)
     assert work.computed == 30 + 2 + 105 + 1   # the 7 is one too; what follows the last token is not read
