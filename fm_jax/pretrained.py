@@ -116,11 +116,11 @@ class Pretrained:
         if len(contexts) != len(continuations):
             raise UserError(f"{len(contexts)} contexts for {len(continuations)} continuations; give one for each")
         pairs = scoring.encode_pairs(self.tokenizer, contexts, continuations)
-        return scoring.score(self.objective, self._scored_with(), pairs, batch_size=self._batch_size, work=self.work)
+        return scoring.score(self.objective, self.params, pairs, batch_size=self._batch_size, work=self.work)
 
     def score_texts(self, texts) -> list[float]:
         """Returns the natural log-probability of each text, from an empty context, every token of it scored once."""
-        return scoring.score_texts(self.objective, self._scored_with(), self.tokenizer, _texts("texts", texts),
+        return scoring.score_texts(self.objective, self.params, self.tokenizer, _texts("texts", texts),
                                    batch_size=self._batch_size, work=self.work)
 
     def complete(self, prompts, *, max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0,
@@ -231,11 +231,6 @@ class Pretrained:
         if len(arrays) != len(self._layers[0]) or any(map(operator.is_not, arrays, self._layers[0])):
             self._layers = arrays, decode.per_layer(self.params)
         return self._layers[1]
-
-    def _scored_with(self):
-        """Returns the parameters for `scoring`: where XLA copies each layer out of their stack, the layers' own."""
-        on_cpu = next(iter(jax.tree.leaves(self.params)[0].devices())).platform == "cpu"
-        return self._per_layer() if on_cpu else self.params
 
     def _checked(self, tokens):
         """Returns int32 [B + what the mesh needs, T]."""

@@ -138,8 +138,6 @@ def score(objective, params, pairs, *, batch_size: int = 16, work: Work | None =
     """Returns the scores of pairs of token-id lists, in their order; a context too long is cut at its left.
 
     Args:
-      params: stacked or as `decode.per_layer` makes them, which takes XLA:CPU half the time for a row of 64 tokens
-        and a tenth less for 2,048 (SmolLM2-135M).
       batch_size: rows of 128 tokens in a forward pass, and as many fewer of longer ones. The scores do not depend on
         it, nor on the other pairs. Of SmolLM2-135M on two cores, 2,048 tokens take 5% less time each than 1,024.
       work: to this is added what was computed. Shapes that it has already are preferred.
