@@ -180,7 +180,7 @@ def score(objective, params, pairs, *, batch_size: int = 16, work: Work | None =
         if batch.kept:
             if trunk is None:
                 trunk = _zeros((arch.num_layers, room, arch.num_kv_heads, arch.head_dim), arch.dtype)
-            trunk = _joined(trunk, taps["k"], taps["v"], np.int32(batch.positions_BT[0, 0]))
+            trunk = _extended(trunk, taps["k"], taps["v"], np.int32(batch.positions_BT[0, 0]))
         late, before = before, []
         for places, rows, wanted, owners in _pieces(batch):
             before.append((owners, _score(head, params, _gathered(hidden, places), rows, wanted)))
@@ -246,7 +246,7 @@ def _zeros(shape, dtype):
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _joined(trunk, k_LBTKH, v_LBTKH, start):
+def _extended(trunk, k_LBTKH, v_LBTKH, start):
     """Returns the trunk's keys and values with those of the first row from place `start` on."""
     put = lambda held, new: jax.lax.dynamic_update_slice_in_dim(held, new[:, 0].astype(held.dtype), start, axis=1)
     return put(trunk[0], k_LBTKH), put(trunk[1], v_LBTKH)
@@ -275,7 +275,7 @@ class Batch(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """The leaves low to high of the tree of all requests, from their token `depth` on, up to which they are the same."""
+    """The leaves low to high of the tree of all requests, from token `depth` on, up to which they are the same."""
 
     low: int
     high: int
@@ -418,9 +418,14 @@ class _Tree:
             found, end = self._joined(*piece), piece.depth
         trees, groups = [], []
         for each in found:
-            _, stop, *within = self.plan(each) if self._large(*each) else (leaf, each.depth, [each], [])
-            within = within if stop == each.depth else ([], [each])
-            trees, groups = trees + within[0], groups + within[1]
+            if not self._large(*each):
+                trees.append(each)
+                continue
+            _, stop, within, further = self.plan(each)
+            if stop > each.depth:
+                groups.append(each)
+            else:
+                trees, groups = trees + within, groups + further
         return leaf, end, trees, groups
 
     def cut(self, piece):
@@ -461,7 +466,7 @@ def _common(a, b) -> int:
 
 
 class _Rows:
-    """The arrays of a batch, being filled with trees; those of a row in the order of their depths, the deepest first."""
+    """The arrays of a batch, being filled with trees; in a row they come by their depths, the deepest first."""
 
     def __init__(self, tree, B, T, trunk):
         self._tree, self._used = tree, np.zeros(B, int)

@@ -238,10 +238,11 @@ def shared_pairs(seed, vocab, longest, n=60):
     """Returns requests that share their beginnings: of all, of some, of a question; and some that share nothing."""
     rng = np.random.default_rng(seed)
     draw = lambda low, high: rng.integers(0, vocab, rng.integers(low, high)).tolist()
-    subject, other, another = draw(longest // 3, longest // 2), draw(40, 41), draw(40, 41)
+    subject, other, another, third = draw(longest // 3, longest // 2), *(draw(40, 41) for _ in range(3))
     pairs = []
     for i in range(n):
-        shots = [subject, subject + other, subject + another, subject[:3], []][rng.choice(5, p=[0.1, 0.3, 0.3, 0.2, 0.1])]
+        shots = [subject, subject + other, subject + another, subject[: len(subject) // 2] + third, subject[:3], []]
+        shots = shots[rng.choice(6, p=[0.1, 0.2, 0.2, 0.2, 0.2, 0.1])]
         context = shots + draw(2, longest // 4)
         answer = draw(1, 3)
         pairs += [(context, answer + draw(1, 6)) for _ in range(rng.integers(1, 5))]   # answers that begin alike
@@ -253,8 +254,9 @@ def shared_pairs(seed, vocab, longest, n=60):
 
 @pytest.mark.parametrize("batch_size", [1, 16])
 @pytest.mark.parametrize("seed", range(6))
-def test_batches_are_the_requests_laid_out(seed, batch_size):
+def test_batches_are_the_requests_laid_out(seed, batch_size, monkeypatch):
     """By sets instead of intervals: what a token may see, in order, is the request up to it; each is read once."""
+    monkeypatch.setattr(scoring, "LONGEST_TREE", 256)   # so that trunks have several trunks on them
     longest = (96, 300, 1500)[seed % 3]
     pairs = shared_pairs(seed, (2, 50)[seed % 2], longest, n=(60, 60, 12)[seed % 3])
     inputs = [np.array([*a, *b][:-1], np.int32)[-longest:] for a, b in pairs]
@@ -313,7 +315,7 @@ def scheme(name, mesh=()):
 def test_packing_changes_no_score(name, monkeypatch):
     """Branches of one row, several questions in a row, a trunk before them: as each request alone, to 1e-4."""
     monkeypatch.setattr(scoring, "LONGEST_TREE", 128)   # so that a few requests need a trunk, and another within
-    model, pairs, work = scheme(name), shared_pairs(1, 40, 192, n=15), scoring.Work()
+    model, pairs, work = scheme(name), shared_pairs(1, 40, 192, n=20), scoring.Work()
     got = scoring.score(*model, pairs, work=work)
     np.testing.assert_allclose([s.logprob for s in got], naive_scores(*model, pairs), rtol=0, atol=1e-4)
     assert any(shape.kept and shape.trunk for shape in work.shapes)
@@ -357,6 +359,15 @@ def test_what_requests_share_is_computed_once():
     scoring.score(*model, pairs, work=work)
     distinct = 105 + len({tuple(a[105 : n + 1]) for a, _ in pairs for n in range(105, 125)}) + 100
     assert distinct <= work.computed < 1.05 * distinct and work.places < 1.3 * work.computed
+
+
+def test_shapes_that_are_compiled_are_preferred():
+    """Ten requests of 120 tokens: five rows of 256 and one batch, unless batches of four such rows are there."""
+    rng = np.random.default_rng(0)
+    inputs, targets = [rng.integers(0, 40, 120) for _ in range(10)], [np.array([1])] * 10
+    shapes = lambda known: {batch.tokens_BT.shape for batch in scoring.batches(inputs, targets, 16, 1, known)}
+    assert shapes(()) == {(5, 256)} and shapes({scoring.Shape(4, 256)}) == {(4, 256)}
+    assert shapes({scoring.Shape(4, 256, trunk=64)}) == {(5, 256)}
 
 
 def test_texts_are_scored_whole(model, log_softmax):
