@@ -172,7 +172,7 @@ def score(objective, params, pairs, *, batch_size: int = 16, work: Work | None =
         greedy[owners[correct == 0]] = False
 
     made = list(batches(inputs, targets, batch_size, parts, work.shapes))
-    room = max((b.trunk_BS.shape[1] + b.tokens_BT.shape[1] for b in made if b.kept), default=0)
+    room = max((b.trunk_BS.shape[1] + b.tokens_BT.shape[1] * bool(b.kept) for b in made), default=0)
     for batch in made:
         S = batch.trunk_BS.shape[1]
         hidden, taps = _trees(trees, params, batch.tokens_BT, batch.positions_BT, batch.last_BT,

@@ -332,6 +332,19 @@ def test_trunks_of_one_length_are_told_apart(monkeypatch):
     np.testing.assert_allclose([s.logprob for s in got], naive_scores(*model, pairs), rtol=0, atol=1e-4)
 
 
+def test_long_trunks_have_coarser_lengths(monkeypatch):
+    """By rows an eighth as long as they are: the trunk of 100 tokens takes 112 places as a row, and 128 before others."""
+    for name, value in (("SMALLEST_ROW", 8), ("ROW", 32), ("LONGEST_TREE", 64)):
+        monkeypatch.setattr(scoring, name, value)
+    model, rng, work = scheme("rope, grouped"), np.random.default_rng(5), scoring.Work()
+    subject = rng.integers(0, 40, 100).tolist()
+    pairs = [(subject + rng.integers(0, 40, 20).tolist(), [1, 2]) for _ in range(8)]
+    got = scoring.score(*model, pairs, work=work)
+    assert {(shape.length, shape.trunk) for shape in work.shapes if shape.kept} == {(112, 0)}
+    assert {shape.trunk for shape in work.shapes if not shape.kept} == {128}
+    np.testing.assert_allclose([s.logprob for s in got], naive_scores(*model, pairs), rtol=0, atol=1e-4)
+
+
 def test_a_mesh_or_a_batch_size_changes_no_score(monkeypatch):
     monkeypatch.setattr(scoring, "LONGEST_TREE", 128)
     pairs = shared_pairs(1, 40, 192, n=15)
