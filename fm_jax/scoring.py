@@ -2,7 +2,7 @@
 
 Tokenising, truncation and windows follow lm-evaluation-harness 0.4.13, so that its numbers and ours agree. What is
 computed does not: the requests are one tree of tokens, in which equal beginnings are one branch, and each token of it
-goes through the model once. `batches` cuts the tree into rows of a few lengths. A beginning that too many requests
+goes through the model once, but for beginnings of a few tokens. `batches` cuts the tree into rows of a few lengths. A beginning that too many requests
 share for one row, as the worked examples of a subject, is a trunk: it is computed first, and rows attend to the keys
 and values of as much of it as is theirs.
 """
@@ -21,10 +21,10 @@ from fm_jax.data.prepared import document_ends
 from fm_jax.errors import UserError
 from fm_jax.model import Trunk
 
-SMALLEST_ROW = 64     # tokens: rows and trunks have this length, or
-ROW = 256             # this, 384, 512, 640 and so on
+SMALLEST_ROW = 64     # tokens: rows have this length, or
+ROW = 256             # this, 384, 512, 640 and so on; the trunks before them this, 384, 512, 768 and so on
 LONGEST_TREE = 1024   # tokens of a tree that many requests share; longer ones are cut behind a trunk, or in pieces
-SHORTEST_TRUNK = 32   # a shorter beginning is repeated in each piece rather than computed before
+SHORTEST_TRUNK = 24   # a shorter beginning is repeated in each piece rather than computed before
 HEAD = 128            # places whose logits there are at a time: so many of 49,152 tokens stay in the processor's cache
 # Time in that of a token, of SmolLM2-135M, float32, 2 EPYC cores, 2026-11. Attention to so many keys:
 KEYS_PER_TOKEN = 2000
@@ -145,6 +145,8 @@ def score(objective, params, pairs, *, batch_size: int = 16, work: Work | None =
     Raises:
       UserError: a context without tokens, or a continuation without any or longer than the model's context.
     """
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1")
     arch, layout = objective.arch, objective.module.layout
     longest, parts = arch.max_seq_len, layout.batch_parts if layout else 1
     work = Work() if work is None else work
@@ -163,7 +165,7 @@ def score(objective, params, pairs, *, batch_size: int = 16, work: Work | None =
     work.tokens += sum(map(len, inputs))
     sums, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
     trees, head = objective.predict["trees"], objective.predict["score"]
-    trunk = None   # (keys, values) [L, S, K, H]
+    trunk = held = None   # (keys, values) [L, S, K, H], and as many places of it as the last batch went on from
     before = []   # (owners, what `head` gave): fetched one pass late, so that the host never holds up the device
 
     def fetch(owners, found):
@@ -175,9 +177,12 @@ def score(objective, params, pairs, *, batch_size: int = 16, work: Work | None =
     room = max((b.trunk_BS.shape[1] + b.tokens_BT.shape[1] * bool(b.kept) for b in made), default=0)
     for batch in made:
         S = batch.trunk_BS.shape[1]
+        if S and (held is None or held[0].shape[1] != S):
+            held = _cut(trunk, S)
         hidden, taps = _trees(trees, params, batch.tokens_BT, batch.positions_BT, batch.last_BT,
-                              Trunk(*_cut(trunk, S), batch.trunk_BS) if S else None, ("k", "v") if batch.kept else ())
+                              Trunk(*held, batch.trunk_BS) if S else None, ("k", "v") if batch.kept else ())
         if batch.kept:
+            held = None
             if trunk is None:
                 trunk = _zeros((arch.num_layers, room, arch.num_kv_heads, arch.head_dim), arch.dtype)
             trunk = _extended(trunk, taps["k"], taps["v"], np.int32(batch.positions_BT[0, 0]))
@@ -299,7 +304,7 @@ def batches(inputs, targets, batch_size: int, parts: int, known=()) -> Iterator[
 
     inputs, targets: int32 arrays, one a request. parts: rows come in multiples of it. known: shapes to prefer.
     """
-    tree = _Tree(inputs, targets)
+    tree, known = _Tree(inputs, targets), set(known)
     budget = batch_size * ROW // 2
     todo = [Piece(0, len(tree.leaves), 0)] if inputs else []
     while todo:
@@ -320,6 +325,7 @@ def batches(inputs, targets, batch_size: int, parts: int, known=()) -> Iterator[
         trees.sort(key=lambda each: -each.depth)   # in each row, as `trunk_BS` needs it
         trunk = _trunk_bucket(max((each.depth for each in trees), default=0))
         for shape, packed in _packed([tree.size(*each) for each in trees], trunk, budget, parts, known):
+            known.add(shape)
             for first in range(0, len(packed), shape.rows):
                 rows = _Rows(tree, *shape[:3])
                 for row, numbers in enumerate(packed[first : first + shape.rows]):
@@ -329,14 +335,17 @@ def batches(inputs, targets, batch_size: int, parts: int, known=()) -> Iterator[
 
 
 def _packed(sizes: list[int], trunk: int, budget: int, parts: int, known) -> list[tuple[Shape, list[list[int]]]]:
-    """Returns (shape of its batches, rows) of each length of rows; the longest first: what is to run out of memory
-    does so at once.
+    """Returns (shape of its batches, rows) of each length of rows, the longest first.
 
     sizes: of trees, in tokens, behind a trunk of so many. A row is the numbers of the trees in it: the largest are
-    placed first, each where the least room is left. A batch has at most `budget` tokens, or `parts` rows. Of the
-    lengths that rows can have, those are taken that make the time of all batches least.
+    placed first, each where the least room is left. A batch has at most `budget` tokens, four times that with the
+    places of the trunk in each row, or `parts` rows. Of the lengths that rows can have, those are taken that make the
+    time of all batches least.
     """
     order = sorted((size, number) for number, size in enumerate(sizes) if size)[::-1]
+    if not order:
+        return []
+    (longest, _), (least, _) = order[0], order[-1]
 
     def filled(lengths):
         """Returns {length: rows}."""
@@ -350,23 +359,23 @@ def _packed(sizes: list[int], trunk: int, budget: int, parts: int, known) -> lis
                 row = len(rows[length])
                 rows[length].append([])
             rows[length][row].append(number)
-            bisect.insort(rooms, (room - size, length, row))
+            if room - size >= least:
+                bisect.insort(rooms, (room - size, length, row))
         return rows
 
     def batched(length, count):
         """Returns (time in tokens, shape) of the batches of so many rows."""
         row = length * (1 + (length / 2 + trunk) / KEYS_PER_TOKEN)
-        shapes = (Shape(n, length, trunk) for n in range(parts, max(budget // length, parts) + 1, parts))
+        most = min(budget // length, 4 * budget // (length + trunk))
+        shapes = (Shape(n, length, trunk) for n in range(parts, max(most, parts) + 1, parts))
         return min((-(-count // shape.rows) * (PASS + shape.rows * row) + COMPILED * (shape not in known), shape)
                    for shape in shapes)
 
     def cost(rows):
         return sum(batched(length, len(each))[0] for length, each in rows.items() if each)
 
-    if not order:
-        return []
     candidates = {bucket(size) for size, _ in order} | {bucket(n) for n in range(1, LONGEST_TREE, SMALLEST_ROW)}
-    tried = {(length,): filled([length]) for length in candidates if length >= order[0][0]}
+    tried = {(length,): filled([length]) for length in candidates if length >= longest}
     lengths, rows = min(tried.items(), key=lambda each: cost(each[1]))
     while len(lengths) < len(candidates):
         tried = {each: filled(each) for each in (tuple(sorted({*lengths, n})) for n in candidates - {*lengths})}
@@ -415,7 +424,7 @@ class _Tree:
             leaf = low
         found.append(Piece(low, high, end))
         if end - piece.depth < SHORTEST_TRUNK and len(found) > 1:
-            found, end = self._joined(*piece), piece.depth
+            found, end = self._runs(*piece), piece.depth
         trees, groups = [], []
         for each in found:
             if not self._large(*each):
@@ -433,9 +442,9 @@ class _Tree:
         if self.size(*piece) <= ROW // 2:
             return [piece]
         _, end = self._branches(*piece[:2])
-        if piece.high - piece.low == 1 or 32 * (end - piece.depth) > ROW:
+        if piece.high - piece.low == 1 or 32 * (end - piece.depth) > ROW // 2:
             return [piece]
-        return [small for each in self._joined(*piece) for small in self.cut(each)]
+        return [small for each in self._runs(*piece) for small in self.cut(each)]
 
     def _large(self, low, high, depth):
         size, longest = self.size(low, high, depth), int(self.lengths[low:high].max()) - depth
@@ -448,15 +457,15 @@ class _Tree:
         starts = [low, *(low + 1 + np.flatnonzero(shared == end)).tolist()]
         return list(zip(starts, [*starts[1:], high])), end
 
-    def _joined(self, low, high, depth):
+    def _runs(self, low, high, depth):
         """Returns the branches of a piece as pieces: so many in each that repeating what they share costs little."""
         branches, end = self._branches(low, high)
-        most, joined = min(32 * (end - depth), ROW // 2), []
+        most, runs = min(32 * (end - depth), ROW, LONGEST_TREE), []
         for a, b in branches:
-            if joined and self.size(joined[-1].low, b, depth) <= most:
-                a = joined.pop().low
-            joined.append(Piece(a, b, depth))
-        return joined
+            if runs and self.size(runs[-1].low, b, depth) <= most:
+                a = runs.pop().low
+            runs.append(Piece(a, b, depth))
+        return runs
 
 
 def _common(a, b) -> int:

@@ -381,6 +381,21 @@ def test_shapes_that_are_compiled_are_preferred():
     shapes = lambda known: {batch.tokens_BT.shape for batch in scoring.batches(inputs, targets, 16, 1, known)}
     assert shapes(()) == {(5, 256)} and shapes({scoring.Shape(4, 256)}) == {(4, 256)}
     assert shapes({scoring.Shape(4, 256, trunk=64)}) == {(5, 256)}
+    inputs, targets = [], [np.array([1])] * 60   # behind trunks of 50 tokens, 13, 15, 15 and 17 of them
+    for count in (13, 15, 15, 17):
+        trunk = rng.integers(0, 40, 50)
+        inputs += [np.concatenate([trunk, rng.integers(0, 40, 100)]) for _ in range(count)]
+    assert len(shapes(())) == 2   # trunks, and one for the rows of all
+
+
+def test_beginnings_too_short_for_a_trunk_are_repeated_seldom():
+    rng = np.random.default_rng(0)
+    for shared in (4, 8, 16, 23, 24, 40):
+        beginning = rng.integers(0, 40, shared)
+        inputs = [np.concatenate([beginning, rng.integers(0, 40, 49)]) for _ in range(400)]
+        made = list(scoring.batches(inputs, [np.array([1])] * 400, 16, 1))
+        distinct = len({tuple(ids[:n]) for ids in inputs for n in range(1, len(ids) + 1)})
+        assert sum(batch.computed for batch in made) <= (1.1 if shared < scoring.SHORTEST_TRUNK else 1.02) * distinct
 
 
 def test_texts_are_scored_whole(model, log_softmax):
@@ -408,6 +423,8 @@ def test_a_continuation_longer_than_the_context_is_refused(model):
         scoring.score(*model, [([1], [2] * 65)])
     with pytest.raises(UserError, match="a continuation of 0 tokens"):
         scoring.score(*model, [([1], [])])
+    with pytest.raises(UserError, match="batch_size=0 must be at least 1"):
+        scoring.score(*model, [([1], [2])], batch_size=0)
 
 
 def test_a_continuation_of_nothing_is_refused(model):
