@@ -59,16 +59,12 @@ class TokenEmbed(nn.Module):
         """Returns float32 logits [B, T, V]."""
         return kernels.logits(x_BTD, self.head, softcap=self.arch.logit_softcap)
 
-    def losses(self, x_BTD, labels_BT):
-        """Returns float32 (nll, lse, correct) [B, T] of the labels, without ever holding all logits."""
-        return kernels.cross_entropy(x_BTD, self.head, labels_BT, **self._loss_form(x_BTD))
-
     def loss_sum(self, x_BTD, labels_BT, weights_BT, z_loss: float):
-        """Returns (sum of weight * (nll + z_loss lse^2), (nll, lse, correct) [B, T] without gradient), the same way."""
-        return kernels.cross_entropy_sum(x_BTD, self.head, labels_BT, weights_BT, z_loss=z_loss,
-                                         **self._loss_form(x_BTD))
+        """Returns (sum of weight * (nll + z_loss lse^2), (nll, lse, correct) [B, T] without gradient).
 
-    def _loss_form(self, x_BTD):
-        parts = self.layout.batch_parts if self.layout else 1
-        return {"softcap": self.arch.logit_softcap,
-                "chunk_length": max(1, self.arch.loss_chunk_tokens * parts // x_BTD.shape[0])}
+        All logits are never there at once.
+        """
+        a, parts = self.arch, self.layout.batch_parts if self.layout else 1
+        return kernels.cross_entropy_sum(x_BTD, self.head, labels_BT, weights_BT, z_loss=z_loss,
+                                         softcap=a.logit_softcap,
+                                         chunk_length=max(1, a.loss_chunk_tokens * parts // x_BTD.shape[0]))

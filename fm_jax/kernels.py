@@ -305,23 +305,14 @@ def logits(x, table_VD, *, softcap: float = 0.0):
     return _scores(flat, 1.0, softcap).reshape(*x.shape[:-1], -1)
 
 
-def cross_entropy(x_BTD, table_VD, labels_BT, *, softcap: float = 0.0, chunk_length: int = 0):
-    """Returns float32 (nll, lse, correct), each [B, T], of logits = softcap(x . table), by pieces of the sequence.
-
-    nll is -log softmax(logits)[label], lse the log-normaliser (for a z-loss), correct 1 where the label has
-    the largest logit (no gradient). Logits exist for `chunk_length` positions of each row at a time, in both
-    passes (0: all at once), so a large vocabulary costs no memory.
-    """
-    x, labels = (_chunks(a, chunk_length) for a in (x_BTD, labels_BT))
-    return tuple(_whole(o, labels_BT.shape) for o in _token_losses(x, table_VD, labels, softcap))
-
-
 def cross_entropy_sum(x_BTD, table_VD, labels_BT, weights_BT, *, z_loss: float = 0.0, softcap: float = 0.0,
                       chunk_length: int = 0):
-    """Returns (float32 sum of weight * (nll + z_loss * lse^2), (nll, lse, correct) without gradient).
+    """Returns (float32 sum of weight * (nll + z_loss * lse^2), (nll, lse, correct) [B, T] without gradient).
 
-    As `cross_entropy`, but only the sum can be differentiated, by x and table. Then it is known with each piece's
-    logits what their gradient will be but for a factor, so that one pass makes both and no logits are made twice.
+    Of logits = softcap(x . table), nll is -log softmax(logits)[label], lse the log-normaliser, correct 1 where the label
+    has the largest logit. Logits exist for `chunk_length` positions of each row at a time (0: all at once), so a large
+    vocabulary costs no memory. Only the sum can be differentiated, by x and table: so it is known with each piece's
+    logits what their gradient will be but for a factor, and one pass makes both.
     Source of the idea: arXiv:2410.10989, section 3.2.
     """
     x, labels, weights = (_chunks(a, chunk_length) for a in (x_BTD, labels_BT, weights_BT))
@@ -376,35 +367,9 @@ def _gradients(x, table, logits, hit, lse, dnll, dlse, softcap):
     return (flat @ table.astype(x.dtype)).reshape(x.shape), dtable_DV
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _token_losses(x, table, labels, softcap):
-    return jax.lax.map(lambda c: _losses(*_logits(c[0], table, c[1], softcap)), (x, labels))
-
-
-def _token_losses_forward(x, table, labels, softcap):
-    outs = _token_losses(x, table, labels, softcap)
-    return outs, (x, table, labels, outs[1])
-
-
-def _token_losses_backward(softcap, saved, cotangents):
-    x, table, labels, lse = saved
-    dnll, dlse, _ = cotangents
-
-    def one(dtable_DV, chunk):
-        x_c, labels_c, lse_c, dnll_c, dlse_c = chunk
-        dx, more = _gradients(x_c, table, *_logits(x_c, table, labels_c, softcap), lse_c, dnll_c, dlse_c, softcap)
-        return dtable_DV + more, dx
-
-    dtable_DV, dx = jax.lax.scan(one, jnp.zeros(table.shape[::-1], jnp.float32), (x, labels, lse, dnll, dlse))
-    return dx, dtable_DV.T.astype(table.dtype), None
-
-
-_token_losses.defvjp(_token_losses_forward, _token_losses_backward)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _summed_loss(x, table, labels, weights, softcap, z_loss):
-    nll, lse, correct = _token_losses(x, table, labels, softcap)
+    nll, lse, correct = jax.lax.map(lambda c: _losses(*_logits(c[0], table, c[1], softcap)), (x, labels))
     return ((nll + z_loss * jnp.square(lse)) * weights).sum(), (nll, lse, correct)
 
 

@@ -2,9 +2,9 @@
 
 Tokenising, truncation and windows follow lm-evaluation-harness 0.4.13, so that its numbers and ours agree. What is
 computed does not: the requests are one tree of tokens, in which equal beginnings are one branch, and each token of it
-goes through the model once, but for beginnings of a few tokens. `batches` cuts the tree into rows of a few lengths. A beginning that too many requests
-share for one row, as the worked examples of a subject, is a trunk: it is computed first, and rows attend to the keys
-and values of as much of it as is theirs.
+goes through the model once, but for beginnings of a few tokens. `batches` cuts the tree into rows of a few lengths. A
+beginning that too many requests share for one row, as the worked examples of a subject, is a trunk: it is computed
+first, and rows attend to the keys and values of as much of it as is theirs.
 """
 
 import bisect

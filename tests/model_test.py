@@ -284,7 +284,8 @@ def test_execution_choices_change_nothing(variant, changes):
 
         def loss(p):
             hidden, _, _ = module.apply({"params": p}, jnp.asarray(TOKENS), segment_ids_BT=jnp.asarray(SEGMENTS))
-            return module.apply({"params": p}, hidden, jnp.asarray(TOKENS), method="losses")[0].mean()
+            weights = np.full(TOKENS.shape, 1 / TOKENS.size, np.float32)
+            return module.apply({"params": p}, hidden, jnp.asarray(TOKENS), weights, 0.0, method="loss_sum")[0]
 
         results.append(jax.jit(jax.value_and_grad(loss))(params))
     (l0, g0), (l1, g1) = results
@@ -320,7 +321,8 @@ def test_logits_are_added_up_in_float32_whatever_the_compute_dtype():
     table = np.asarray(jnp.asarray(params["embed"]["tokens"], jnp.bfloat16), np.float64)
     want = np.asarray(x, np.float64) @ table.T
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)   # bfloat16 sums differ in the third digit
-    _, _, correct = module.apply({"params": params}, x, jnp.asarray(got.argmax(-1), jnp.int32), method="losses")
+    labels = jnp.asarray(got.argmax(-1), jnp.int32)
+    _, (_, _, correct) = module.apply({"params": params}, x, labels, np.ones(labels.shape), 0.0, method="loss_sum")
     assert np.asarray(correct).all()
 
 

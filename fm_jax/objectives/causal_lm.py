@@ -39,9 +39,6 @@ class Module(nn.Module):
         return self.transformer(x, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, cache=cache,
                                 last_BT=last_BT, trunk=trunk, key=key, capture=capture)
 
-    def losses(self, hidden_BTD, targets_BT):
-        return self.embed.losses(hidden_BTD, targets_BT)
-
     def loss_sum(self, hidden_BTD, targets_BT, weights_BT, z_loss):
         return self.embed.loss_sum(hidden_BTD, targets_BT, weights_BT, z_loss)
 
@@ -154,8 +151,7 @@ class CausalLM:
         return hidden, taps
 
     def score(self, params, hidden_PD, rows_N, targets_N):
-        """Returns float32 (log-probability [N] of each target after hidden state `rows_N`, 1 where it is the likeliest).
-        """
+        """Returns float32 (log-probability [N] of each target after hidden state `rows_N`, 1 where none is likelier)."""
         logits_PV = self.module.apply({"params": params}, hidden_PD[None], method="logits")[0]
         top_P = logits_PV.max(-1)
         lse_P = top_P + jnp.log(jnp.exp(logits_PV - top_P[:, None]).sum(-1))
