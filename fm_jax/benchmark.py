@@ -57,7 +57,7 @@ def benchmark(config, *, steps: int = 10, warmup_steps: int = 3, seed: int = 0) 
     on_device = None not in counted
     return {
         "name": config.name, "device": devices.flat[0].device_kind, "devices": devices.size,
-        "mesh": dict(layout.mesh.shape), "parameters": tree.count(program.abstract.params),
+        "mesh": sharding.describe(layout.mesh), "parameters": tree.count(program.abstract.params),
         "batch_size": config.batch_size, "tokens_per_step": tokens,
         "tokens_per_s": tokens / step_time_s, "step_time_s": step_time_s,
         "step_times_s": times[warmup_steps:], "flops_per_s": flops / step_time_s,
@@ -98,9 +98,8 @@ def main(args):
     if args.json:
         print(json.dumps(r))
         return
-    mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items())
     times = sorted(r["step_times_s"])
-    print(f"{r['name']}: {r['parameters']:,} parameters on {r['devices']} {r['device']} ({mesh}), "
+    print(f"{r['name']}: {r['parameters']:,} parameters on {r['devices']} {r['device']} ({r['mesh']}), "
           f"batch {r['batch_size']}")
     print(f"  tokens/s      {metrics.quantity(r['tokens_per_s'])}")
     print(f"  step time     {r['step_time_s']:.4f} s, median of {len(times)} ({times[0]:.4f} to {times[-1]:.4f})")

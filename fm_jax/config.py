@@ -82,9 +82,13 @@ def defaults() -> ml_collections.ConfigDict:
     o.moment_dtype = "float32"           # of the first moment
 
     c.mesh = m = ml_collections.ConfigDict()   # devices per axis; -1: all that remain
-    m.data = -1
-    m.fsdp = 1
-    m.tensor = 1
+    m.slice = 1                          # slices or hosts joined by a slow network: gradients alone cross it
+    m.data = -1                          # copies of the model, each with its part of the batch
+    m.stage = 1                          # pipeline stages: each has some of the layers
+    m.fsdp = 1                           # parts of the parameters and of the batch
+    m.expert = 1                         # parts of the experts, and of the batch
+    m.context = 1                        # parts of each sequence
+    m.tensor = 1                         # parts of heads, mlp and vocabulary
 
     c.checkpoint = k = ml_collections.ConfigDict()
     k.every = _either("10%")             # steps between saves: 500, "1e9 tokens", "10%"

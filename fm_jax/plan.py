@@ -54,7 +54,7 @@ def plan(config, *, devices: int | None = None) -> dict:
     parts = {"parameters": state.params, "optimizer": state.opt_state, "ema": state.ema, "gradients": state.params,
              "batch": program.batch_spec}
     return {
-        "name": config.name, "mesh": dict(layout.mesh.shape), "parameters": tree.count(state.params),
+        "name": config.name, "mesh": sharding.describe(layout.mesh), "parameters": tree.count(state.params),
         "steps": config.steps, "tokens_per_step": config.batch_size * objective.tokens_per_example,
         "flops_per_token": objective.flops_per_example / objective.tokens_per_example,
         "flops_per_step": config.batch_size * objective.flops_per_example,
@@ -81,7 +81,7 @@ def main(args):
     p = plan(args.config, devices=args.devices)
     print(p["table"])
     print()
-    print(f"{p['name']} on a mesh of " + " x ".join(f"{axis} {size}" for axis, size in p["mesh"].items()))
+    print(f"{p['name']} on a mesh of " + p["mesh"])
     print(f"  parameters       {p['parameters']:,}")
     print(f"  FLOPs per token  {quantity(p['flops_per_token'])}  (forward and backward, causal attention at half, no "
           "recomputation)")

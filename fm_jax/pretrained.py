@@ -67,7 +67,7 @@ def load_hf(folder, *, mesh: dict | None = None, dtype: str = "") -> "Pretrained
 
 def _abstract(config, tokenizer, mesh):
     """Returns (objective, its parameters as shape structs with shardings on the mesh)."""
-    layout = sharding.Layout(sharding.make_mesh(mesh or {"data": 1, "fsdp": 1, "tensor": 1}))
+    layout = sharding.Layout(sharding.make_mesh(mesh or {}))
     objective = objectives.load(config, tokenizer, layout)
     params, axes = sharding.unbox(jax.eval_shape(objective.init, jax.random.key(0)))
     return objective, jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s),

@@ -19,15 +19,20 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from fm_jax import tree
 from fm_jax.errors import UserError, choose
 
-MESH_AXES = ("data", "fsdp", "tensor")
+# From the slowest links to the fastest: `slice` runs over the network between slices or hosts (DCN), `tensor` between
+# neighbours.
+MESH_AXES = ("slice", "data", "stage", "fsdp", "expert", "context", "tensor")
 
-# logical axis -> mesh axes, (of a parameter, of an activation). Parameters are cut over `fsdp` along
-# their width and over `tensor` along heads, mlp and vocabulary; activations over the batch and the
-# same `tensor` axes, so that a block needs one all-reduce after attention and one after the mlp.
+# logical axis -> mesh axes, (of a parameter, of an activation). Parameters are cut over `fsdp`, `expert` and `context`
+# along their width and over `tensor` along heads, mlp and vocabulary; activations over the batch, their length and the
+# same `tensor` axes. Between sublayers (`between`) tokens are cut over `tensor` too, so that a block needs one
+# reduce-scatter and one all-gather around attention and around the mlp, and norms are not computed `tensor` times
+# (arXiv:2205.05198). `expert` is one more axis of the batch outside the experts.
 RULES = {
-    "batch": ((), ("data", "fsdp")),
-    "length": ((), ()),
-    "embed": (("fsdp",), ()),
+    "batch": ((), ("slice", "data", "fsdp", "expert")),
+    "length": ((), ("context",)),
+    "between": ((), ("context", "tensor")),
+    "embed": (("fsdp", "expert", "context"), ()),
     "kv_heads": (("tensor",), ("tensor",)),
     "groups": ((), ()),
     "head": ((), ()),
@@ -35,7 +40,9 @@ RULES = {
     "vocab": (("tensor",), ("tensor",)),
     "position": ((), ()),       # rows of a position table
     "norm": ((), ()),           # scales and biases of norms: small, replicated
-    "layers": ((), ()),         # never sharded: gradients went wrong silently on the CPU backend, jax 0.10 and 0.11
+    # Only a pipeline cuts layers, in a shard_map of its own: cut by constraints, gradients went wrong silently on the CPU
+    # backend, jax 0.10 and 0.11.
+    "layers": (("stage",), ()),
 }
 
 
@@ -121,7 +128,11 @@ class Layout:
     @property
     def batch_parts(self) -> int:
         """Into how many parts the batch axis of activations is cut."""
-        return math.prod(self.mesh.shape[a] for a in RULES["batch"][1])
+        return self.parts("batch")
+
+    def parts(self, axis: str) -> int:
+        """Returns into how many parts a logical axis of activations is cut."""
+        return math.prod(self.mesh.shape[a] for a in RULES[axis][1])
 
     def constrain(self, x, *axes):
         """Returns the activation `x`, placed by its logical axes."""
@@ -162,7 +173,12 @@ def _shape(sizes, devices: int | None, where: str) -> tuple[int, ...]:
 
 
 def _text(shape):
-    return " x ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, shape))
+    return " x ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, shape) if n != 1) or "of one device"
+
+
+def describe(mesh) -> str:
+    """Returns a mesh in words: "data 2 x tensor 4", without the axes of one device."""
+    return " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1) or "one device"
 
 
 def abstract_mesh(sizes, devices: int | None = None) -> AbstractMesh:

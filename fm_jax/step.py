@@ -51,8 +51,8 @@ class Program:
         if micro % parts:
             raise UserError(
                 f"config.batch_size={config.batch_size} in {config.accumulation_steps} microbatches of {micro} is not "
-                f"divisible by the mesh's data x fsdp = {parts}; take a multiple of "
-                f"{parts * config.accumulation_steps}")
+                f"divisible by the {parts} parts into which the mesh ({sharding.describe(layout.mesh)}) cuts a batch; "
+                f"take a multiple of {parts * config.accumulation_steps}")
         # Under jit, it is traced here and not again in `_init`. The key is made inside: an array out here would start
         # the backend, which `plan` must not.
         self._init_params = jax.jit(objective.init)

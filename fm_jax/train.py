@@ -50,7 +50,7 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
     described = dict(tokenizer=tokenizer, data=batches.fingerprints(config))
     progress = metrics.Progress(config.steps, every=config.log.every, bar=config.log.progress)
     devices = layout.mesh.devices
-    mesh = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
+    mesh = sharding.describe(layout.mesh)
     tokens = config.batch_size * objective.tokens_per_example
     flops = config.batch_size * objective.flops_per_example
     late, clock, train_sums = metrics.Late(), metrics.Clock(), metrics.Sums()

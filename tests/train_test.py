@@ -415,8 +415,8 @@ def test_validation_does_not_depend_on_the_batch_size_and_equals_direct_computat
     (["--config.model.vocab_size=200"], "the tokenizer's vocabulary of 262 is larger than the model's: set "
      "--config.model.vocab_size=262 (now 200) or more"),
     (["--config.mesh.data=4", "--config.batch_size=6"], "config.batch_size=6 in 1 microbatches of 6 is not divisible "
-     "by the mesh's data x fsdp = 4; take a multiple of 4"),
-    (["--config.mesh.data=16"], "mesh data=16 x fsdp=1 x tensor=1 needs 16 devices, this machine (cpu) has 8; change "
+     "by the 4 parts into which the mesh (data 4) cuts a batch; take a multiple of 4"),
+    (["--config.mesh.data=16"], "mesh data=16 needs 16 devices, this machine (cpu) has 8; change "
      "--config.mesh"),
     (["--config.mesh.tensor=8", "--config.model.num_heads=4"], "not divisible by mesh.tensor=8"),
     (["--config.batch_size=4096"], "fewer than one batch of 4096: prepare more text, or set a smaller "
