@@ -37,6 +37,9 @@ RULES = {
     "groups": ((), ()),
     "head": ((), ()),
     "mlp": (("tensor",), ("tensor",)),
+    "experts": (("expert",), ()),
+    "expert_embed": (("fsdp", "context"), ()),   # width of experts' weights, which `experts` cuts over `expert`
+    "router": ((), ()),         # one score for each expert
     "vocab": (("tensor",), ("tensor",)),
     "position": ((), ()),       # rows of a position table
     "norm": ((), ()),           # scales and biases of norms: small, replicated
@@ -137,6 +140,16 @@ class Layout:
     def constrain(self, x, *axes):
         """Returns the activation `x`, placed by its logical axes."""
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, activation=True, what="activation"))
+
+    def on_each_device(self, f, inputs, outputs):
+        """Returns f for whole arrays, run by each device on its parts of them: PartitionSpecs `inputs` and `outputs`.
+
+        Inside another such function it takes the mesh axes that are left.
+        """
+        outer = jax.sharding.get_abstract_mesh()
+        mesh = outer if outer.manual_axes else self.mesh
+        return jax.shard_map(f, mesh=mesh, in_specs=inputs, out_specs=outputs,
+                             axis_names=set(mesh.axis_names) - set(outer.manual_axes))
 
 
 def make_mesh(sizes, devices=None) -> Mesh:
