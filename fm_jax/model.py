@@ -357,43 +357,46 @@ class Moe(nn.Module):
                      experts=E, mlp=F, expert_embed=D)
         ids_BTK, weights_BTK, rank_BTK, routing = route(a, x_BTD, router, bias_E, real_BT)
         matrices = jax.tree.map(lambda w: w.astype(x_BTD.dtype), {"up": up, "gate": gate, "down": down})
-        compute = functools.partial(_experts, a)
-        if self.layout:
-            compute = self._on_mesh(compute, x_BTD.shape)
+        compute = self._on_mesh(x_BTD.shape) if self.layout else functools.partial(_experts, a)
         y = compute(x_BTD, ids_BTK, weights_BTK, rank_BTK, matrices)
         if a.num_shared_experts:
             y += Mlp(a, self.layout, a.num_shared_experts * F, name="shared")(x_BTD)
         return y, routing
 
-    def _on_mesh(self, compute, shape):
-        """Returns `compute` for whole arrays, run by each device on its part of them."""
+    def _on_mesh(self, shape):
+        """Returns `_experts` for whole arrays, run by each device on its part of them."""
         a, layout = self.arch, self.layout
         if a.capacity_factor and layout.parts("length") > 1:
             raise UserError(f"model.capacity_factor={a.capacity_factor}: the room of an expert is shared by a whole "
                             f"row, which mesh.context={layout.parts('length')} cuts; set capacity_factor=0 or "
                             "mesh.context=1")
-        tokens = layout.spec(("batch", "length", None), shape, activation=True, what="tokens of the experts")
+        # Tokens come and go as they are between sublayers, but where they are too few to be cut, as in decoding.
+        between = shape[1] % layout.parts("between") == 0
+        tokens = layout.spec(("batch", "between" if between else "length", None), shape, activation=True)
         axes = {"up": ("experts", "expert_embed", "mlp"), "down": ("experts", "mlp", "expert_embed")}
         axes["gate"] = axes["up"] if a.gated_mlp else None
-        specs = (tokens, tokens, tokens, tokens if a.capacity_factor else None,
-                 {name: names and layout.spec(names) for name, names in axes.items()})
-        here = tuple(n for n in layout.mesh.axis_names if n != "stage" and layout.mesh.shape[n] > 1)
-        gathered = tuple(n for n in RULES["expert_embed"][0] if n in here)
+        specs = {name: names and layout.spec(names) for name, names in axes.items()}
+        here = [n for n in layout.mesh.axis_names if layout.mesh.shape[n] > 1 and n not in layout.mesh.manual_axes]
+        width = tuple(n for n in RULES["expert_embed"][0] if n in here)
+        gather = functools.partial(jax.lax.all_gather, tiled=True)
 
-        def part(*arrays):
-            # What several devices hold alike is said to differ, so that its gradients are summed over those devices.
-            def vary(x, spec):
-                cut = {n for names in spec for n in (names if isinstance(names, tuple) else (names,))}
-                return jax.lax.pcast(x, tuple(n for n in here if n not in cut), to="varying")
+        def part(experts_E, *arrays):
+            *arrays, matrices = arrays
+            if width:
+                matrices = {name: w if w is None else gather(w, width, axis=axes[name].index("expert_embed"))
+                            for name, w in matrices.items()}
+            if "tensor" in here and between:
+                arrays = jax.tree.map(lambda x: gather(x, "tensor", axis=1), arrays)
+            y = _experts(a, *arrays, matrices, experts_E[0], "expert" if "expert" in here else None)
+            if "tensor" not in here:
+                return y
+            return jax.lax.psum_scatter(y, "tensor", scatter_dimension=1, tiled=True) if between else jax.lax.psum(
+                y, "tensor")
 
-            *arrays, matrices = jax.tree.map(vary, arrays, specs)
-            if gathered:
-                matrices = {name: w if w is None else jax.lax.all_gather(
-                    w, gathered, axis=axes[name].index("expert_embed"), tiled=True) for name, w in matrices.items()}
-            y = compute(*arrays, matrices, axis="expert" if "expert" in here else None)
-            return jax.lax.psum(y, "tensor") if "tensor" in here else y
-
-        return layout.on_each_device(part, specs, tokens)
+        # Which experts are here comes as an array: inside a pipeline, XLA:CPU knows no `axis_index`.
+        return functools.partial(
+            layout.on_each_device(part, (layout.spec(("experts",)), tokens, tokens, tokens, tokens, specs), tokens),
+            jnp.arange(a.num_experts))
 
 
 def route(a: Architecture, x_BTD, router_DE, bias_E=None, real_BT=None):
@@ -435,10 +438,11 @@ def capacity(a: Architecture, length: int) -> int:
     return min(length, int(np.ceil(a.capacity_factor * length * a.experts_per_token / a.num_experts)))
 
 
-def _experts(a: Architecture, x_BTD, ids_BTK, weights_BTK, rank_BTK, matrices, axis=None):
+def _experts(a: Architecture, x_BTD, ids_BTK, weights_BTK, rank_BTK, matrices, first=0, axis=None):
     """Returns [B, T, D]: of each token, the weighted sum of what its experts make of it.
 
-    axis: the mesh axis over which experts and tokens are cut; None: all are here.
+    matrices: of the experts from number `first` on. axis: the mesh axis over which they and the tokens are cut; None:
+    all are here.
     """
     B, T, D = x_BTD.shape
     E, K = a.num_experts, ids_BTK.shape[-1]
@@ -475,8 +479,7 @@ def _experts(a: Architecture, x_BTD, ids_BTK, weights_BTK, rank_BTK, matrices, a
     ids_NK, weights_NK = flat(ids_BTK), flat(weights_BTK)
     if axis:
         x_ND, ids_NK, weights_NK = (jax.lax.all_gather(each, axis, tiled=True) for each in (x_ND, ids_NK, weights_NK))
-        ids_NK -= jax.lax.axis_index(axis) * len(matrices["up"])
-    slots, sizes_E = kernels.slots_by_expert(ids_NK, len(matrices["up"]))
+    slots, sizes_E = kernels.slots_by_expert(ids_NK - first, len(matrices["up"]))
     out_MD = mlp(kernels.to_slots(x_ND, slots), lambda rows, w: kernels.grouped_matmul(rows, w, sizes_E))
     y_ND = weighted(kernels.from_slots(out_MD, slots), weights_NK)
     if axis:

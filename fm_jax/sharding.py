@@ -99,7 +99,7 @@ class Layout:
         used, entries = {}, []
         for i, axis in enumerate(axes):
             mesh_axes = () if axis is None else RULES[choose(axis, RULES, f"{what}: logical axis")][int(activation)]
-            mesh_axes = tuple(a for a in mesh_axes if self.mesh.shape[a] > 1)
+            mesh_axes = tuple(a for a in mesh_axes if self.mesh.shape[a] > 1 and a not in self.mesh.manual_axes)
             for a in mesh_axes:
                 if a in used:
                     raise UserError(f"{what}: logical axes {used[a]!r} and {axis!r} both land on mesh axis {a!r}; "
@@ -144,12 +144,10 @@ class Layout:
     def on_each_device(self, f, inputs, outputs):
         """Returns f for whole arrays, run by each device on its parts of them: PartitionSpecs `inputs` and `outputs`.
 
-        Inside another such function it takes the mesh axes that are left.
+        Inside a shard_map over some mesh axes, as a pipeline's, it takes the axes that are left.
         """
-        outer = jax.sharding.get_abstract_mesh()
-        mesh = outer if outer.manual_axes else self.mesh
-        return jax.shard_map(f, mesh=mesh, in_specs=inputs, out_specs=outputs,
-                             axis_names=set(mesh.axis_names) - set(outer.manual_axes))
+        return jax.shard_map(f, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False,
+                             axis_names=set(self.mesh.axis_names) - set(self.mesh.manual_axes))
 
 
 def make_mesh(sizes, devices=None) -> Mesh:

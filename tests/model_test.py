@@ -43,7 +43,6 @@ VARIANTS = {
     "mixtral": dict(num_experts=5, experts_per_token=2, expert_dim=26),
     "deepseek": dict(num_experts=7, experts_per_token=3, expert_dim=14, num_shared_experts=2, router_score="sigmoid",
                      router_bias=True, router_scale=2.5),
-    "switch": dict(num_experts=3, experts_per_token=1, router_renormalize=False, gated_mlp=False, activation="gelu"),
     "local_encoder": dict(causal=False, layer_pattern=("local",), window=3),
 }
 
