@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax import kernels
+from fm_jax import kernels, ring
 from fm_jax.architecture import ROPE_SCALINGS, Architecture
 from fm_jax.errors import UserError
 from fm_jax.sharding import RULES, Boxed, Layout, is_boxed
@@ -66,11 +66,14 @@ class Norm(nn.Module):
         return kernels.norm(x, scale, bias, a.norm_eps, a.norm == "layernorm")
 
 
-def dropout(x, rate: float, key):
-    """Returns x with a share `rate` of its elements zeroed and the rest scaled up; x itself where key is None."""
+def dropout(x, rate: float, key, dealt=lambda keep: keep):
+    """Returns x with a share `rate` of its elements zeroed and the rest scaled up; x itself where key is None.
+
+    dealt: brings what is drawn, in the order of the sequence, into the order of x.
+    """
     if key is None or rate == 0:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    keep = dealt(jax.random.bernoulli(key, 1 - rate, x.shape))
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
@@ -230,9 +233,12 @@ class Attention(nn.Module):
         if trunk is not None:
             k, v = (jnp.concatenate([jnp.broadcast_to(t, (x_BTD.shape[0], *t.shape)), n], axis=1)
                     for t, n in zip(trunk, own))
-        attend = kernels.attention if cache is None or self.cross else kernels.attention_to_cache
-        kernel = {"kernel": a.attention_kernel} if attend is kernels.attention else {}
-        out = attend(q, k, v, mask, scale=a.attention_scale or H ** -0.5, softcap=a.attention_softcap, **kernel)
+        attend = functools.partial(kernels.attention, kernel=a.attention_kernel)
+        if cache is not None and not self.cross:
+            attend = kernels.attention_to_cache
+        elif _cut(self.layout):
+            attend = functools.partial(ring.attention, layout=self.layout)
+        out = attend(q, k, v, mask, scale=a.attention_scale or H ** -0.5, softcap=a.attention_softcap)
         y = kernels.linear(out, wo, inputs=3)
         if a.attention_out_bias:
             y += param(self, "o_bias", zeros, a.param_dtype, norm=D).astype(y.dtype)
@@ -366,10 +372,6 @@ class Moe(nn.Module):
     def _on_mesh(self, shape):
         """Returns `_experts` for whole arrays, run by each device on its part of them."""
         a, layout = self.arch, self.layout
-        if a.capacity_factor and layout.parts("length") > 1:
-            raise UserError(f"model.capacity_factor={a.capacity_factor}: the room of an expert is shared by a whole "
-                            f"row, which mesh.context={layout.parts('length')} cuts; set capacity_factor=0 or "
-                            "mesh.context=1")
         # Tokens come and go as they are between sublayers, but where they are too few to be cut, as in decoding.
         between = shape[1] % layout.parts("between") == 0
         tokens = layout.spec(("batch", "between" if between else "length", None), shape, activation=True)
@@ -511,17 +513,20 @@ class Block(nn.Module):
         a = self.arch
         keys = jax.random.split(key, 3) if key is not None else (None,) * 3
         made = routing = None   # keys and values; what the router did
+        # Few tokens, as of a step of decoding, are not cut.
+        length = "between" if self.layout and x_BTD.shape[1] % self.layout.parts("between") == 0 else "length"
+        dealt = lambda x: ring.deal(x, ("batch", "length", "embed"), self.layout) if _cut(self.layout) else x
 
         def sublayer(x, name, f, key):
             before = a.norm_position in ("pre", "sandwich")
             y = f(Norm(a, name=f"{name}_norm")(x) if before else x)
             if a.norm_position in ("sandwich", "output"):
                 y = Norm(a, name=f"{name}_out_norm")(y)
-            y = dropout(y, a.dropout, key)
+            y = dropout(y, a.dropout, key, dealt)
             x = x + y
             if a.norm_position == "post":
                 x = Norm(a, name=f"{name}_norm")(x)
-            return self.layout.constrain(x, "batch", "length", "embed") if self.layout else x, y
+            return self.layout.constrain(x, "batch", length, "embed") if self.layout else x, y
 
         def attend(x):
             nonlocal cache, made
@@ -582,6 +587,17 @@ class Transformer(nn.Module):
         else:
             layers = self.get_variable("params", "layers")
 
+        cut = _cut(self.layout)
+        if cut:
+            if cache is not None or last_BT is not None or a.cross_attention:
+                raise UserError("mesh.context cuts sequences in training alone; caches, trees of tokens and cross "
+                                "attention need a mesh with context=1")
+            deal = lambda x, *axes: None if x is None else ring.deal(x, ("batch", "length", *axes), self.layout)
+            if positions_BT is None:
+                positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+            x_BTD, positions_BT = deal(x_BTD, "embed"), deal(positions_BT)
+            segment_ids_BT, prefix_BT = deal(segment_ids_BT), deal(prefix_BT)
+
         index_BT, places, kinds = None, {}, a.layer_kinds
         if cache is not None:
             if segment_ids_BT is not None or prefix_BT is not None:
@@ -625,6 +641,11 @@ class Transformer(nn.Module):
             taps = jax.tree.map(lambda *t: jnp.stack(t), *taps)
         else:
             x, taps = _through_layers(apply, x_BTD, layers, keys, trunk and (trunk.k, trunk.v), a)
+        if cut:
+            x = ring.collect(x, ("batch", "length", "embed"), self.layout)
+            width = lambda name: ("kv_heads", "head") if name in ("k", "v") else ("embed",)
+            taps = {name: ring.collect(tap, (None, "batch", "length", *width(name)), self.layout)
+                    if name != "router" else tap for name, tap in taps.items()}
         if a.final_norm:
             x = Norm(a, name="final_norm")(x)
         return x, cache, taps
@@ -638,6 +659,23 @@ class Transformer(nn.Module):
         block = Block(a, None, parent=None)
         boxed = jax.vmap(lambda k: block.init(k, x, inputs, "global")["params"])(jax.random.split(key, a.num_layers))
         return jax.tree.map(lambda b: b.add_axis(0, {"name": "layers"}), boxed, is_leaf=is_boxed)
+
+
+def check(arch: Architecture, length: int, layout: Layout) -> None:
+    """Raises UserError where the mesh cannot train a stack on sequences of `length`, before anything is compiled."""
+    if not _cut(layout):
+        return
+    ring.check(length, layout)
+    if arch.attention_kernel != "auto":
+        raise UserError(f"model.attention_kernel={arch.attention_kernel!r}: sequences that mesh.context="
+                        f"{layout.mesh.shape['context']} cuts have a kernel of their own; set 'auto', or mesh.context=1")
+    if arch.capacity_factor:
+        raise UserError(f"model.capacity_factor={arch.capacity_factor}: the room of an expert is shared by a whole row, "
+                        f"which mesh.context={layout.mesh.shape['context']} cuts; set capacity_factor=0, or mesh.context=1")
+
+
+def _cut(layout):
+    return layout is not None and layout.parts("length") > 1
 
 
 def unstack(layers, num_layers: int) -> tuple:

@@ -32,6 +32,7 @@ RULES = {
     "batch": ((), ("slice", "data", "fsdp", "expert")),
     "length": ((), ("context",)),
     "between": ((), ("context", "tensor")),
+    "pieces": ((), ("context", "slice", "data", "fsdp", "expert")),   # of sequences: those that a device holds, as rows
     "embed": (("fsdp", "expert", "context"), ()),
     "kv_heads": (("tensor",), ("tensor",)),
     "groups": ((), ()),

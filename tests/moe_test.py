@@ -376,15 +376,11 @@ def test_bad_architectures_are_refused(changes, message):
         Architecture(**{**BASE, **changes})
 
 
-def test_a_capacity_is_refused_where_rows_are_cut():
-    arch, params, x = layer(capacity_factor=1.0)
-    with pytest.raises(UserError, match="capacity_factor=1.0: .*mesh.context=2 cuts; set capacity_factor=0 or"):
-        jax.eval_shape(computed(arch, dict(expert=2, context=2)), params, x)
-
-
 @pytest.mark.parametrize("mesh, changes, message", [
     (dict(expert=8), {"model.num_experts": 12}, "'experts' of size 12 is not divisible by mesh.expert=8"),
     (dict(tensor=2), {"model.expert_dim": 7}, "'mlp' of size 7 is not divisible by mesh.tensor=2"),
+    (dict(expert=2, context=2), {"model.capacity_factor": 1.0},
+     "capacity_factor=1.0: .* which mesh.context=2 cuts; set capacity_factor=0, or mesh.context=1"),
     (None, {"model.num_experts": 0, "model.expert_dim": 0}, "load_balance_loss=0.1 needs experts"),
     (None, {"model.router_score": "sigmoid", "objective_args.router_z_loss": 0.1}, "router_z_loss=0.1 .*set it to 0"),
 ])

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fm_jax import model
 from fm_jax.architecture import Architecture
 from fm_jax.errors import UserError
 from fm_jax.frontends import TokenEmbed
-from fm_jax.model import ROUTER_BIAS_GRADIENT, Cache, Transformer, Trunk
+from fm_jax.model import Cache, Transformer, Trunk
 from fm_jax.objectives import Loss, uniform
 from fm_jax.sharding import Layout
 from fm_jax.tokenizer import check_vocab
@@ -75,6 +76,8 @@ class CausalLM:
         if router_z_loss and self.arch.router_score != "softmax":
             raise UserError(f"config.objective_args.router_z_loss={router_z_loss} is of a softmax's normaliser, which "
                             f"model.router_score={self.arch.router_score!r} does not have; set it to 0")
+        if layout is not None:
+            model.check(self.arch, self.seq_len, layout)
         self.z_loss, self.fim_rate, self.fim_spm_rate = z_loss, fim_rate, fim_spm_rate
         self.load_balance_loss, self.router_z_loss = load_balance_loss, router_z_loss
         self.tokenizer = tokenizer
@@ -147,7 +150,7 @@ class CausalLM:
             metrics["bits_per_byte"] = (nats / np.log(2), bytes_)
         if self.arch.num_experts:
             balance, z, bias, routed = taps["router"].losses(weight.sum(1))
-            loss += self.load_balance_loss * balance + self.router_z_loss * z + ROUTER_BIAS_GRADIENT * bias
+            loss += self.load_balance_loss * balance + self.router_z_loss * z + model.ROUTER_BIAS_GRADIENT * bias
             metrics |= routed
         return Loss(loss, total, metrics)
 
