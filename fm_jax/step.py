@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fm_jax import optim, sharding
+from fm_jax import optim, pipeline, sharding
 from fm_jax.errors import UserError
 from fm_jax.objectives import Objective
 from fm_jax.sharding import Layout
@@ -48,6 +48,8 @@ class Program:
         """`config`: resolved. Raises UserError where the batch or a parameter does not fit the mesh."""
         self.config, self.objective, self.layout = config, objective, layout
         micro, parts = config.batch_size // config.accumulation_steps, layout.batch_parts
+        pipeline.check(config.model, layout, micro, f"config.batch_size={config.batch_size} / accumulation_steps="
+                       f"{config.accumulation_steps} = {micro} rows")
         if micro % parts:
             raise UserError(
                 f"config.batch_size={config.batch_size} in {config.accumulation_steps} microbatches of {micro} is not "
