@@ -32,6 +32,9 @@ from fm_jax.sharding import Layout
 
 AXIS = "stage"
 BLOCK_INPUT = "block_input"   # the name that `model` gives to what enters a block: remat policies keep it
+# Views, casts and what XLA fuses into its consumer.
+CHEAP = {"dynamic_slice", "slice", "squeeze", "reshape", "transpose", "broadcast_in_dim", "convert_element_type", "add",
+         "sub", "mul", "div", "neg", "exp", "logistic", "tanh", "erf", "max", "select_n", "square", "integer_pow"}
 
 
 class Schedule(NamedTuple):
@@ -155,18 +158,14 @@ def through_layers(group, layers, x_BTD, per_row, s: Schedule, layout: Layout, p
 def keeping(remat: str):
     """Returns the policy of what a step keeps for its backward pass, for each `model.remat`.
 
-    A step is rematerialised as a whole, by a policy that keeps what the layers' own would. Without it, autodiff would
-    keep the weights of a group, or their copies in the compute dtype, once for every step.
+    A step is rematerialised as a whole, by a policy that keeps what the layers' own would: autodiff alone would keep the
+    weights of a group, or their copies in the compute dtype, once for every step. So "none" computes again what is
+    elementwise, casts among it, and keeps the rest.
     """
     policies = jax.checkpoint_policies
     inputs = policies.save_only_these_names(BLOCK_INPUT)
-    return {"none": _all_but_views, "full": inputs,
+    return {"none": lambda primitive, *_, **__: primitive.name not in CHEAP, "full": inputs,
             "dots": policies.save_from_both_policies(inputs, policies.dots_with_no_batch_dims_saveable)}[remat]
-
-
-def _all_but_views(primitive, *_, **__) -> bool:
-    return primitive.name not in ("dynamic_slice", "slice", "squeeze", "reshape", "convert_element_type", "transpose",
-                                  "broadcast_in_dim")
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
