@@ -21,7 +21,7 @@ CHOICES = {
     "activation": ("gelu", "gelu_tanh", "silu", "relu"),
     "position": ("rope", "learned", "sinusoidal", "none"),
     "qk_norm": ("none", "head", "full"),
-    "remat": ("none", "full", "dots"),
+    "remat": ("none", "full", "dots", "offload_full", "offload_dots"),
     "attention_kernel": ("auto", "reference", "chunked"),
     "dtype": ("float32", "bfloat16", "float16"),
     "param_dtype": ("float32", "bfloat16"),
@@ -80,7 +80,8 @@ class Architecture:
 
     dtype: str = "float32"              # of activations and matmuls; norms, softmax and loss are float32
     param_dtype: str = "float32"
-    remat: str = "none"                 # full: keep block inputs only; dots: and projections' outputs
+    remat: str = "none"                 # full: keep block inputs only; dots: and projections' outputs; offload_full,
+                                        # offload_dots: keep the former, or the latter, in the host's memory
     scan_layers: bool = True            # one compiled block; False unrolls: slower to compile, faster on CPU
     pipeline_microbatches: int = 0      # of a batch, on a mesh with stages; 0: as many as stages. More: less idle time
     pipeline_repeats: int = 1           # rounds of a microbatch through the stages, some layers each: less idle time too

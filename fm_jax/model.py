@@ -26,6 +26,8 @@ from fm_jax.sharding import Boxed, Layout, is_boxed
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,                      # keeps the input of each block
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,      # and the outputs of its projections
+    "offload_full": pipeline.OFFLOAD_BLOCK_INPUTS,                         # the former, on the host
+    "offload_dots": pipeline.OFFLOAD_DOTS,                                 # the latter, on the host
 }
 # What `capture` can name: block output, what each sublayer adds, and the keys and values that attention makes.
 TAPS = ("residual", "attention", "mlp", "k", "v")
@@ -460,7 +462,9 @@ class Transformer(nn.Module):
             per_row["keys"] = jax.random.key_data(keys_LB).swapaxes(0, 1)
 
         def group(layers, first, x, per_row, layout):
-            own = dataclasses.replace(a, num_layers=jax.tree.leaves(layers)[0].shape[0])
+            # What a step keeps is moved to the host once, by the policy of the step.
+            own = dataclasses.replace(a, num_layers=jax.tree.leaves(layers)[0].shape[0],
+                                      remat=a.remat.removeprefix("offload_"))
             inputs = treedef.unflatten([leaf if row is None else row for leaf, row in zip(leaves, per_row["inputs"])])
             keys = None
             if keys_LB is not None:
@@ -530,14 +534,14 @@ def _through_layers(apply, x, layers, keys, trunk, a: Architecture):
         f, policy=REMAT_POLICIES[a.remat], prevent_cse=not a.scan_layers, static_argnums=(3,))
 
     def one(x, layer, key, kind, trunk):
+        x = checkpoint_name(x, pipeline.BLOCK_INPUT)
         if not a.scan_layers:   # a scan keeps the gradients of a layer together by itself
             x, layer = kernels.gradients_together(x, layer)
         x, _, taps = apply(x, layer, key, kind, None, trunk)
         return x, taps
 
     # Under jit, layers that are unrolled are traced once for all of their kind; XLA inlines them again.
-    block = jax.jit(remat(one), static_argnums=3)
-    one = lambda x, *args: block(checkpoint_name(x, pipeline.BLOCK_INPUT), *args)
+    one = jax.jit(remat(one), static_argnums=3)
     at = lambda tree_, i: None if tree_ is None else jax.tree.map(lambda p: p[i], tree_)
     scanned = a.num_layers // period * period if a.scan_layers and not isinstance(layers, tuple) else 0
     stacks = []

@@ -28,10 +28,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from fm_jax.errors import UserError
-from fm_jax.sharding import Layout
+from fm_jax.sharding import DEVICE, HOST, Layout
 
 AXIS = "stage"
 BLOCK_INPUT = "block_input"   # the name that `model` gives to what enters a block: remat policies keep it
+OFFLOAD_BLOCK_INPUTS = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[], names_which_can_be_offloaded=[BLOCK_INPUT], offload_src=DEVICE, offload_dst=HOST)
+OFFLOAD_DOTS = jax.checkpoint_policies.offload_dot_with_no_batch_dims(DEVICE, HOST)
 # Views, casts and what XLA fuses into its consumer.
 CHEAP = {"dynamic_slice", "slice", "squeeze", "reshape", "transpose", "broadcast_in_dim", "convert_element_type", "add",
          "sub", "mul", "div", "neg", "exp", "logistic", "tanh", "erf", "max", "select_n", "square", "integer_pow"}
@@ -162,10 +165,15 @@ def keeping(remat: str):
     weights of a group, or their copies in the compute dtype, once for every step. So "none" computes again what is
     elementwise, casts among it, and keeps the rest.
     """
-    policies = jax.checkpoint_policies
-    inputs = policies.save_only_these_names(BLOCK_INPUT)
-    return {"none": lambda primitive, *_, **__: primitive.name not in CHEAP, "full": inputs,
-            "dots": policies.save_from_both_policies(inputs, policies.dots_with_no_batch_dims_saveable)}[remat]
+    if remat == "none":
+        return lambda primitive, *_, **__: primitive.name not in CHEAP
+    if remat == "offload_full":
+        return OFFLOAD_BLOCK_INPUTS
+    inputs = jax.checkpoint_policies.save_only_these_names(BLOCK_INPUT)
+    if remat == "full":
+        return inputs
+    dots = OFFLOAD_DOTS if remat == "offload_dots" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return lambda *args, **params: inputs(*args, **params) or dots(*args, **params)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from fm_jax.errors import UserError, choose
 
 # From the slowest links to the fastest: `slice` runs over the network between slices or hosts (DCN), `tensor` between
 # neighbours.
+HOST, DEVICE = "pinned_host", "device"   # memory kinds
 MESH_AXES = ("slice", "data", "stage", "fsdp", "expert", "context", "tensor")
 
 # logical axis -> mesh axes, (of a parameter, of an activation). Parameters are cut over `fsdp`, `expert` and `context`
@@ -142,6 +143,16 @@ class Layout:
     def constrain(self, x, *axes):
         """Returns the activation `x`, placed by its logical axes."""
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, activation=True, what="activation"))
+
+
+    def check_host_memory(self, what: str) -> None:
+        """Raises UserError where `what` needs host memory that these devices cannot use. A plan's mesh is not asked."""
+        if isinstance(self.mesh, Mesh):
+            device = self.mesh.local_devices[0]
+            kinds = sorted(m.kind for m in device.addressable_memories())
+            if HOST not in kinds:
+                raise UserError(f"{what} needs memory of kind {HOST!r}, and this platform ({device.platform}) has only "
+                                f"{', '.join(kinds)}; take a policy that keeps everything on the device")
 
 
 def make_mesh(sizes, devices=None) -> Mesh:
