@@ -161,8 +161,8 @@ def through_layers(group, layers, x_BTD, per_row, s: Schedule, layout: Layout, p
 def keeping(remat: str):
     """Returns the policy of what a step keeps for its backward pass, for each `model.remat`.
 
-    A step is rematerialised as a whole, by a policy that keeps what the layers' own would: autodiff alone would keep the
-    weights of a group, or their copies in the compute dtype, once for every step. So "none" computes again what is
+    A step is rematerialised as a whole, by a policy that keeps what the layers' own would: autodiff alone would keep
+    the weights of a group, or their copies in the compute dtype, once for every step. So "none" computes again what is
     elementwise, casts among it, and keeps the rest.
     """
     if remat == "none":

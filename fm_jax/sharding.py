@@ -33,7 +33,7 @@ RULES = {
     "batch": ((), ("slice", "data", "stage", "fsdp", "expert")),
     "length": ((), ("context",)),
     "between": ((), ("context", "tensor")),
-    "pieces": ((), ("context", "slice", "data", "fsdp", "expert")),   # of sequences: those that a device holds, as rows
+    "pieces": ((), ("context", "slice", "data", "stage", "fsdp", "expert")),   # of sequences, as rows
     "embed": (("fsdp", "expert", "context"), ()),
     "kv_heads": (("tensor",), ("tensor",)),
     "groups": ((), ()),

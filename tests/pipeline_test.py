@@ -15,7 +15,7 @@ from fm_jax.model import Cache
 from fm_jax.pipeline import Schedule
 from fm_jax.step import Program
 
-BATCH, LENGTH, LAYERS = 16, 6, 8
+BATCH, LENGTH, LAYERS = 16, 8, 8
 
 
 def make(mesh=None, **changes):
@@ -108,6 +108,10 @@ CASES = {
     "slices, expert axis, unrolled": (dict(slice=2, stage=2, expert=2), {"model.pipeline_repeats": 2},
                                       {"model.scan_layers": False}),
     "stages and tensor": (dict(stage=4, tensor=2), {}, {}),
+    "context and tensor, dropout": (dict(stage=2, context=2, tensor=2), {"model.pipeline_microbatches": 4},
+                                    {"model.dropout": 0.2}),
+    "block inputs on the host": (dict(stage=4), {"model.remat": "offload_full"}, {}),
+    "projections on the host": (dict(stage=2, fsdp=2), {"model.remat": "offload_dots"}, {}),
 }
 
 
