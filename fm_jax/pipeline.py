@@ -14,7 +14,7 @@ sends 2 A. Layers are stored in the order of the model whatever the mesh; with R
 rounds, and their gradients back: 2 P more sent, P more held. Memory of activations: (M R + S - 1) / (M R) times what
 the same remat policy keeps where the devices of `stage` are devices of `data`.
 
-Try:  python -m fm_jax.train --config configs/causal_lm.py:tiny --workdir runs/x --config.mesh.data=1 \
+Try:  JAX_NUM_CPU_DEVICES=2 python -m fm_jax.benchmark --config configs/causal_lm.py:tiny --config.mesh.data=1 \
           --config.mesh.stage=2 --config.model.pipeline_microbatches=4
 """
 
@@ -161,7 +161,7 @@ def through_layers(group, layers, x_BTD, per_row, s: Schedule, layout: Layout, p
 def keeping(remat: str):
     """Returns the policy of what a step keeps for its backward pass, for each `model.remat`.
 
-    A step is rematerialised as a whole, by a policy that keeps what the layers' own would: autodiff alone would keep
+    A step is rematerialised as a whole, by a policy that keeps what the layers' own would. Autodiff alone would keep
     the weights of a group, or their copies in the compute dtype, once for every step. So "none" computes again what is
     elementwise, casts among it, and keeps the rest.
     """

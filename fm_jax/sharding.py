@@ -112,7 +112,7 @@ class Layout:
         return PartitionSpec(*entries)
 
     def mesh_axes(self, axis: str, activation: bool) -> tuple[str, ...]:
-        """Returns the mesh axes that cut a logical axis: those of several devices and not of a shard_map around this."""
+        """Returns the mesh axes that cut a logical axis: of several devices, but for those of a shard_map around it."""
         return tuple(a for a in RULES[axis][int(activation)]
                      if self.mesh.shape[a] > 1 and a not in self.mesh.manual_axes)
 
@@ -206,8 +206,9 @@ def abstract_mesh(sizes, devices: int | None = None) -> AbstractMesh:
 
 
 def bytes_per_device(abstract) -> int:
-    """Returns the bytes that each device holds of a tree of shape structs with shardings."""
-    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(abstract))
+    """Returns the bytes that each device holds of a tree of shape structs with shardings, none of what is on the host."""
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(abstract)
+               if a.sharding.memory_kind != HOST)
 
 
 def table(abstract) -> str:

@@ -201,8 +201,9 @@ def kept_by_steps(program, steps):
         for e in jaxpr.eqns:
             if e.primitive.name == "scan" and e.params["length"] == steps:
                 yield e
-            for value in jax.tree.leaves(list(e.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
-                yield from loops(getattr(value, "jaxpr", value)) if hasattr(getattr(value, "jaxpr", value), "eqns") else ()
+            for value in jax.tree.leaves(list(e.params.values())):
+                value = getattr(value, "jaxpr", value)
+                yield from loops(value) if hasattr(value, "eqns") else ()
 
     first = next(loops(jax.make_jaxpr(gradient(program))(program.abstract.params, program.batch_spec).jaxpr))
     return [v.aval for v in first.outvars[first.params["num_carry"]:]]
