@@ -18,7 +18,7 @@ PACKAGE = ROOT / "fm_jax"
 # data/ and all in it. A new module takes its place here.
 LAYERS = (
     ("errors", "architecture", "config", "tree", "sharding"),
-    ("kernels", "ring", "model", "frontends", "tokenizer"),
+    ("kernels", "ring", "pipeline", "model", "frontends", "tokenizer"),
     ("objectives", "data", "optim", "checkpoint", "metrics", "gguf"),
     ("decode", "hf", "scoring", "step"),
     ("pretrained", "evals", "engine"),
@@ -27,7 +27,7 @@ LAYERS = (
 SAME_LAYER = {
     ("architecture", "errors"), ("config", "errors"), ("config", "architecture"), ("tree", "errors"),
     ("sharding", "errors"), ("sharding", "tree"), ("ring", "kernels"), ("model", "kernels"),
-    ("model", "ring"), ("frontends", "kernels"),
+    ("model", "ring"), ("model", "pipeline"), ("frontends", "kernels"),
     ("frontends", "model"),
     ("report", "evaluate"),   # the report runs the evaluation that the command does
 }

@@ -302,7 +302,7 @@ def one_device():
 
 @pytest.mark.parametrize("name, mesh", [
     ("deepseek", dict(data=2, fsdp=2, expert=2)), ("deepseek", dict(expert=2, context=2, tensor=2)),
-    ("capacity", dict(slice=2, expert=2, tensor=2)),
+    ("capacity", dict(slice=2, expert=2, tensor=2)), ("deepseek", dict(stage=2, expert=2, tensor=2)),
 ], ids=str)
 def test_every_mesh_trains_the_same(name, mesh, one_device):
     program = make(mesh, **TRAINED[name])

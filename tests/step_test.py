@@ -302,3 +302,28 @@ def test_unrolled_layers_need_less_memory_than_scanned_ones():
         compiled = program.train_step.lower(program.abstract, program.batch_spec, 0).compile()
         memory[scan] = compiled.memory_analysis().temp_size_in_bytes
     assert memory[False] < 0.85 * memory[True], memory   # seen: 0.69, and 0.98 without
+
+
+# --- memory of the host -----------------------------------------------------------------------------------------------
+
+def test_optimizer_state_on_the_host_trains_the_same():
+    """Bit for bit, and it is there between the steps; scalars stay on the device."""
+    changes = {"optimizer.ema_decay": 0.9, "health.skip_grad_norm_factor": 3.0}
+    on_host, on_device = make(dict(fsdp=2), **changes, **{"optimizer.offload": "host"}), make(dict(fsdp=2), **changes)
+    data = batches(on_host, 2)
+    got, want = run(on_host, data), run(on_device, data)
+    kinds = lambda t: {a.sharding.memory_kind for a in jax.tree.leaves(t) if a.ndim}
+    for state in (got[4], on_host.abstract):
+        assert kinds(state.opt_state) == {"pinned_host"}
+    assert kinds((got[4].params, got[4].ema)) == {"device"} == kinds(want[4])
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), got[4], want[4])
+    held = sharding.bytes_per_device(on_device.abstract.opt_state)
+    assert sharding.bytes_per_device(on_host.abstract.opt_state) < 0.01 * held
+
+
+@pytest.mark.parametrize("changes", [{"optimizer.offload": "host"}, {"model.remat": "offload_dots"}])
+def test_a_platform_without_such_memory_is_told(monkeypatch, changes):
+    monkeypatch.setattr(sharding, "HOST", "memory_of_the_moon")
+    (key, value), = changes.items()
+    with pytest.raises(UserError, match=f"{key}='{value}' needs memory of kind 'memory_of_the_moon', .*.cpu. has only"):
+        make(**changes)
