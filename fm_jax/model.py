@@ -320,7 +320,8 @@ class Routing(NamedTuple):
         row's load or scores are even, and E / k at most.
 
         Source: arXiv:2412.19437, equations 17 to 20 (balance, over a sequence); arXiv:2202.08906, equation 5 (z);
-        arXiv:2408.15664 (bias; there it moves by the load's sign, here by the run's optimizer).
+        arXiv:2408.15664 (bias; there it moves by the load's sign, here by the run's optimizer). The load is that of the
+        choices as they are made, with the bias.
         """
         L, _, E = self.load_BE.shape
         n_LB = jnp.maximum(self.tokens_B, 1)
@@ -710,8 +711,9 @@ def check(arch: Architecture, length: int, layout: Layout) -> None:
         raise UserError(f"model.attention_kernel={arch.attention_kernel!r}: sequences that mesh.context="
                         f"{layout.mesh.shape['context']} cuts have a kernel of their own; set 'auto', or mesh.context=1")
     if arch.capacity_factor:
-        raise UserError(f"model.capacity_factor={arch.capacity_factor}: the room of an expert is shared by a whole row, "
-                        f"which mesh.context={layout.mesh.shape['context']} cuts; set capacity_factor=0, or mesh.context=1")
+        raise UserError(f"model.capacity_factor={arch.capacity_factor}: the room of an expert is shared by a whole "
+                        f"row, which mesh.context={layout.mesh.shape['context']} cuts; set capacity_factor=0, or "
+                        "mesh.context=1")
 
 
 def _cut(layout):
