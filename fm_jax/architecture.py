@@ -108,8 +108,8 @@ class Architecture:
                      "pipeline_repeats"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         for name in ("num_kv_heads", "head_dim", "mlp_dim", "window", "rope_local_theta", "attention_scale",
-                     "attention_softcap", "logit_softcap", "num_experts", "expert_dim", "num_shared_experts",
-                     "capacity_factor", "pipeline_microbatches"):
+                     "attention_softcap", "logit_softcap", "pipeline_microbatches", "num_experts", "expert_dim",
+                     "num_shared_experts", "capacity_factor"):
             _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "must be 0 or more")
         if not self.num_kv_heads:
             set_("num_kv_heads", self.num_heads)

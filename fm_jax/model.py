@@ -21,7 +21,7 @@ import numpy as np
 from fm_jax import kernels, pipeline, ring
 from fm_jax.architecture import ROPE_SCALINGS, Architecture
 from fm_jax.errors import UserError
-from fm_jax.sharding import RULES, Boxed, Layout, is_boxed
+from fm_jax.sharding import Boxed, Layout, is_boxed
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,                      # keeps the input of each block
@@ -386,7 +386,7 @@ class Moe(nn.Module):
         axes["gate"] = axes["up"] if a.gated_mlp else None
         specs = {name: names and layout.spec(names) for name, names in axes.items()}
         here = [n for n in layout.mesh.axis_names if layout.mesh.shape[n] > 1 and n not in layout.mesh.manual_axes]
-        width = tuple(n for n in RULES["expert_embed"][0] if n in here)
+        width = layout.mesh_axes("expert_embed", activation=False)
         gather = functools.partial(jax.lax.all_gather, tiled=True)
 
         def part(experts_E, *arrays):

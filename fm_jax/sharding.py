@@ -19,9 +19,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from fm_jax import tree
 from fm_jax.errors import UserError, choose
 
+HOST, DEVICE = "pinned_host", "device"   # memory kinds
+
 # From the slowest links to the fastest: `slice` runs over the network between slices or hosts (DCN), `tensor` between
 # neighbours.
-HOST, DEVICE = "pinned_host", "device"   # memory kinds
 MESH_AXES = ("slice", "data", "stage", "fsdp", "expert", "context", "tensor")
 
 # logical axis -> mesh axes, (of a parameter, of an activation). Parameters are cut over `fsdp`, `expert` and `context`
@@ -154,7 +155,6 @@ class Layout:
         """
         return jax.shard_map(f, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False,
                              axis_names=set(self.mesh.axis_names) - set(self.mesh.manual_axes))
-
 
     def check_host_memory(self, what: str) -> None:
         """Raises UserError where `what` needs host memory that these devices cannot use. A plan's mesh is not asked."""
