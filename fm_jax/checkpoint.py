@@ -121,8 +121,11 @@ def _try(folder):
             os.fsync(file.fileno())
         _sync("trial files written")
         if number == 0:
-            trial.rename(renamed)
-            shutil.rmtree(renamed)
+            try:
+                trial.rename(renamed)
+            finally:
+                shutil.rmtree(trial, ignore_errors=True)
+                shutil.rmtree(renamed, ignore_errors=True)
 
 
 def describe_run(folder, config: ml_collections.ConfigDict, step: int, *, tokenizer=None,

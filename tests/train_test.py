@@ -1,8 +1,10 @@
 """A run from its command line to its last checkpoint: written whole, continued exactly, stopped cleanly."""
 
+import errno
 import json
 import math
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -558,3 +560,73 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(room, me
     assert result.returncode == 0 and "from step 4" in result.stdout, result.stderr
     assert state_of(tmp_path / "run", 12) == state_of(tiny_run[0], 12)
     assert rows(tmp_path / "run") == rows(tiny_run[0])
+
+
+def at_step(monkeypatch, at, do):
+    """Has `do()` called once, when the progress of step `at` is shown."""
+    show, todo = metrics.Progress.show, [do]
+
+    def show_then_do(self, step, **values):
+        show(self, step, **values)
+        if step == at and todo:
+            todo.pop()()
+
+    monkeypatch.setattr(metrics.Progress, "show", show_then_do)
+
+
+@pytest.mark.parametrize("harm, message", [
+    (lambda shard: shard.unlink(), "cannot be read any more (No such file or directory); put the file back"),
+    (lambda shard: os.truncate(shard, 100), "has 100 bytes, and had"),   # reading on would be a bus error
+])
+def test_a_data_shard_that_goes_away_is_one_line_and_no_step_is_lost(harm, message, inline, tiny_run, tiny_flags, data,
+                                                                     tmp_path, monkeypatch):
+    there = shutil.copytree(data, tmp_path / "data")
+    shard, = there.glob("train/*.tokens")
+    whole = shard.read_bytes()
+    flags = [*tiny_flags, f"--workdir={tmp_path / 'run'}", f"--config.data.train={there}"]
+    at_step(monkeypatch, 5, lambda: harm(shard))
+    code, _, err = inline("train", *flags)
+    assert code == 2 and str(shard) in err and message in err and err.count("\n") == 1, err
+    assert checkpoint.steps(tmp_path / "run")[-1] > 5
+    shard.write_bytes(whole)
+    code, _, err = inline("train", *flags)
+    assert code == 0, err
+    assert rows(tmp_path / "run") == rows(tiny_run[0]) and state_of(tmp_path / "run", 12) == state_of(tiny_run[0], 12)
+
+
+@pytest.mark.parametrize("removed", ["run", "run/checkpoints"])
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_folder_removed_while_running_is_one_line_and_no_step_is_lost(removed, asynchronous, inline, tiny_run,
+                                                                        tiny_flags, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    flags = [*tiny_flags, f"--workdir={run}", f"--config.checkpoint.asynchronous={asynchronous}",
+             "--config.log.tensorboard=false"]
+    at_step(monkeypatch, 6, lambda: shutil.rmtree(tmp_path / removed))
+    code, _, err = inline("train", *flags)
+    assert code == 2 and f"{run / 'checkpoints'} was removed while this run was at work" in err, err
+    assert err.count("\n") == 1 and checkpoint.steps(run) == [8]
+    code, out, err = inline("train", *flags)
+    assert code == 0 and "from step 8" in out, err
+    assert state_of(run, 12) == state_of(tiny_run[0], 12)
+
+
+def test_a_bucket_is_refused_before_anything_is_compiled(inline, tiny_flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for flags in (["--workdir=gs://bucket/run"], ["--workdir=s3://bucket/run"],
+                  ["--workdir=run", "--config.checkpoint.continue_from=gs://bucket/run"]):
+        code, _, err = inline("train", *tiny_flags, *flags)
+        assert code == 2 and "://" in err and "is not supported; a run lives in a folder of a mounted" in err, err
+        assert err.count("\n") == 1 and not [p for p in tmp_path.rglob("*") if p.name not in ("run", "lock")]
+    code, _, err = inline("generate", "--workdir=gs://bucket/run", "--prompt=a")
+    assert code == 2 and err.count("\n") == 1, err
+
+
+def test_a_folder_that_cannot_rename_is_refused_at_the_start(inline, tiny_flags, tmp_path, monkeypatch):
+    """As some mounts of buckets: everything works until the first checkpoint is to be committed."""
+    def rename(path, target):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+
+    monkeypatch.setattr(pathlib.Path, "rename", rename)
+    code, _, err = inline("train", *tiny_flags, f"--workdir={tmp_path / 'run'}")
+    assert code == 2 and "run: cannot be used (Operation not permitted" in err and err.count("\n") == 1, err
+    assert not (tmp_path / "run" / "config.json").exists()
