@@ -503,6 +503,17 @@ def stacks() -> str:
 # --- What all processes have
 
 
+def wait_for_all(name: str) -> None:
+    """Returns when all processes are here, an hour at most. Each name once.
+
+    Before a program runs for the first time: of processes with CPU devices, joined by gloo, one that is 30 s behind
+    ends the run, and compiling takes as long, while only process 0 may find the program in the cache (jax 0.10).
+    """
+    from jax._src import distributed as jax_distributed   # not public; a barrier of devices is what must wait
+
+    jax_distributed.global_state.client.wait_at_barrier(f"fm_jax/{name}", 3_600_000)
+
+
 def agree(value, path) -> None:
     """Returns nothing where all processes read the same `value` at `path`: what they do next follows from it.
 

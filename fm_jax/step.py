@@ -88,6 +88,12 @@ class Program:
         options = {"xla_backend_optimization_level": 1} if self._cpu else None
         return jax.jit(self._init, out_shardings=self.shardings, compiler_options=options)()
 
+    def compile(self) -> None:
+        """Returns nothing; compiles the steps, which calls of them then find compiled."""
+        self.train_step.lower(self.abstract, self.batch_spec, 0).compile()
+        if self.config.eval.every:
+            self.eval_step.lower(self.eval_params(self.abstract), self.batch_spec).compile()
+
     @functools.cached_property
     def rows(self) -> np.ndarray:
         """The rows of a batch that this process's devices hold, int64, ascending.

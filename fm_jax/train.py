@@ -127,6 +127,9 @@ def train(config, workdir, *, profile_steps: int = 0, peers: distributed.Peers |
         progress.note(origin)
         if start >= config.steps:
             progress.note(f"all {config.steps} steps are done; a longer run: --config.steps=N")
+        if jax.process_count() > 1:
+            program.compile()
+            distributed.wait_for_all("compiled")
         # Validation metrics: the last ones, and those of the present step, which its checkpoint keeps.
         last = here = {k: v for k, v in writer.start.items() if k.startswith("validation/")}
         if start and due(config.eval.every, start) and not last:   # a stop cut it short

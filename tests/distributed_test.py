@@ -358,6 +358,56 @@ def test_two_processes_have_the_losses_of_one(straight, inline, tiny_flags, tmp_
     assert checkpoint.steps(run) == [4, 8, 12] and not any(checkpoint.verify(run, s) for s in (4, 8, 12))
 
 
+# What each process of a run does, in a word: loads the model, answers, and places batches on several meshes.
+ANSWERS = """
+import json, sys
+from fm_jax import config, distributed
+run, out = sys.argv[1:3]
+def main(args):
+    with distributed.processes(args):
+        import fm_jax, jax
+        import numpy as np
+        from fm_jax import evaluate, objectives, sharding
+        from fm_jax.step import Program
+        lm = fm_jax.load(run, mesh={"fsdp": 2, "tensor": 2})
+        print(json.dumps({
+            "texts": lm.generate(["To be", "or", "not"], n=2, max_new_tokens=5, temperature=0.8),
+            "logits": lm.logits(np.arange(12).reshape(3, 4)).tolist(),
+            "scores": [s.logprob for s in lm.score(["To be", "To"], [" or", " not"])],
+            "metrics": evaluate.evaluate(run, ["perplexity"], lm=lm, limit=3, output=out)}))
+        for mesh in ({"data": 4}, {"tensor": 4}, {"data": 2, "tensor": 2}, {"fsdp": 2, "data": 2}):
+            layout = sharding.Layout(sharding.make_mesh(mesh))
+            program = Program(lm.config, objectives.load(lm.config, lm.tokenizer, layout), layout)
+            whole = program.objective.random_batch(lm.config.batch_size, np.random.default_rng(0))
+            mine = {name: array[program.rows] for name, array in whole.items()}
+            for name, array in program.place(mine).items():
+                for shard in array.addressable_shards:
+                    np.testing.assert_array_equal(shard.data, whole[name][shard.index])
+            assert len(program.rows) == (8 if mesh == {"tensor": 4} else 4)
+config.run(main, distributed.define_flags, "", ["x"])
+"""
+
+
+def test_two_processes_answer_as_one(straight, tmp_path):
+    import fm_jax
+    from fm_jax import evaluate
+
+    run, _ = straight
+    done = local("--processes", 2, "--devices_per_process", 2, "--", sys.executable, "-c", ANSWERS, run,
+                 tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    got = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    lm = fm_jax.load(run)
+    assert got["texts"] == lm.generate(["To be", "or", "not"], n=2, max_new_tokens=5, temperature=0.8)
+    # Float32 sums over devices in another order.
+    np.testing.assert_allclose(got["logits"], lm.logits(np.arange(12).reshape(3, 4)), rtol=1e-4, atol=1e-5)
+    scores = [s.logprob for s in lm.score(["To be", "To"], [" or", " not"])]
+    np.testing.assert_allclose(got["scores"], scores, rtol=1e-5)
+    want = evaluate.evaluate(run, ["perplexity"], lm=lm, limit=3, output=str(tmp_path / "one"))
+    assert got["metrics"]["perplexity"] == pytest.approx(want["perplexity"], rel=1e-4)
+    assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
+
+
 def test_a_killed_process_ends_the_run_and_the_same_command_continues_it_bitwise(straight, tiny_flags, tmp_path):
     run = tmp_path / "run"
     started = train(tiny_flags, run, restarts=1)
