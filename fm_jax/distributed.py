@@ -13,6 +13,7 @@ However a process ends, the others end too, and say which it was:
     its machine is gone                        within 30 s, by the connection's keep-alive
     it is stopped, and its machine is not      within HEARTBEAT_TIMEOUT_S, by jax's coordination service
     it hangs                                   after config.health.hang_timeout_s, by its own `Watchdog`
+    before all have met                        after START_TIMEOUT_S
 
 On the last checkpoint the same command goes on. Exit codes: 2 a mistake to mend, LOST another process was lost, HUNG.
 """

@@ -96,6 +96,7 @@ for ((start = 0; ; start++)); do
     if [ -n "$first" ] && [ "$left" -gt 0 ] && [ $SECONDS -ge $deadline ]; then
       echo "launch/local.sh: ending $left processes that have not ended by themselves" >&2
       tell KILL
+      deadline=$((SECONDS + 3600))
       [ "$code" != 0 ] || code=1
     fi
     [ "$left" = 0 ] || sleep 0.1

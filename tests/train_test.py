@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from fm_jax import checkpoint, config as config_lib, evaluate as evaluate_lib, metrics, objectives, sharding, tree
-from fm_jax import train as train_lib
+from fm_jax import checkpoint, config as config_lib, distributed, evaluate as evaluate_lib, metrics, objectives, sharding
+from fm_jax import train as train_lib, tree
 from fm_jax.data import batches, documents, prepared
 from fm_jax.errors import UserError
 from fm_jax.step import Program
@@ -32,6 +32,20 @@ def show_then_signal(self, step, **values):
     if step == at:
         os.kill(os.getpid(), getattr(signal, name))
 metrics.Progress.show = show_then_signal
+runpy.run_module("fm_jax.train", run_name="__main__", alter_sys=True)
+"""
+# Runs the command, which hangs when the progress of a step is shown. Compiling is not watched: it may take long here.
+HANGING = """
+import runpy, threading, sys
+from fm_jax import distributed, metrics
+at = int(sys.argv.pop(1))
+show, beat = metrics.Progress.show, distributed.Watchdog.beat
+def show_then_hang(self, step, **values):
+    show(self, step, **values)
+    if step == at:
+        threading.Event().wait()
+metrics.Progress.show = show_then_hang
+distributed.Watchdog.beat = lambda self, doing: beat(self, None if doing == "step 0" else doing)
 runpy.run_module("fm_jax.train", run_name="__main__", alter_sys=True)
 """
 # Runs the command, and lets no file grow beyond so many bytes once the progress of a step is shown, as a full disk.
@@ -354,6 +368,19 @@ def test_a_batch_without_a_scored_token_has_no_loss(inline, tiny_flags, tmp_path
     assert code == 0 and not err and "nan" not in out, (out, err)
     assert [r["train/loss"] is None for r in rows(tmp_path / "run", "train/")] == [False] * 5 + [True, False]
     assert "step 6/7 | " in out and "step 6/7 | loss" not in out and "step 7/7 | loss" in out
+
+
+def test_a_step_that_hangs_ends_the_run_with_every_stack_and_it_goes_on(tiny_run, tiny_flags, tmp_path, command):
+    flags = [*tiny_flags, "--workdir=run", "--config.health.hang_timeout_s=5"]
+    result = subprocess.run([sys.executable, "-c", HANGING, "6", *flags], capture_output=True, text=True, timeout=120,
+                            cwd=tmp_path)
+    assert result.returncode == distributed.HUNG, result.stderr
+    assert "step 6 has made no progress for 5 s (config.health.hang_timeout_s)" in result.stderr
+    assert "thread MainThread:" in result.stderr and "in show_then_hang" in result.stderr
+    assert checkpoint.steps(tmp_path / "run") == [4]
+    result = command("train", *flags, cwd=tmp_path)
+    assert result.returncode == 0 and "from step 4" in result.stdout, result.stderr
+    assert rows(tmp_path / "run") == rows(tiny_run[0]) and state_of(tmp_path / "run", 12) == state_of(tiny_run[0], 12)
 
 
 # --- Validation -----------------------------------------------------------------------------------------------------
