@@ -530,6 +530,7 @@ class Checkpoints:
             self._delete([d for d in self._folder.iterdir() if ".orbax-checkpoint-tmp" in d.name
                           or d.name.endswith(".deleted")])
         _sync("checkpoint folder made")
+        self._identity = _identity(self._folder)   # a writing thread would make it again, if it were removed
 
     def save(self, step: int, state, metrics: dict[str, float] | None = None) -> None:
         """Returns once `state` may be donated; the checkpoint of `step` is complete after `wait`.
@@ -541,7 +542,7 @@ class Checkpoints:
           UserError: this save, or the one before, did not fit on the disk. Earlier checkpoints are intact. Or the
             folder was removed: it is made again, and has this step.
         """
-        gone = _any(not self._folder.is_dir())
+        gone = _any(_identity(self._folder) != self._identity)
         try:
             self.wait()
         except Exception:
@@ -554,6 +555,7 @@ class Checkpoints:
             with _writable(self._folder):
                 self._folder.mkdir(parents=True, exist_ok=True)
             _sync("checkpoint folder made again")
+            self._identity = _identity(self._folder)
         self._check_space(step, state)
         self._saving = step
         items = _items(state)
@@ -743,6 +745,15 @@ def _checksum(path, block):
 
 def _threads():
     return futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+
+
+def _identity(path):
+    """Returns what tells a folder from one that was made in its place; None where there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _any(true):

@@ -138,7 +138,7 @@ def train(config, workdir, *, profile_steps: int = 0, peers: distributed.Peers |
             evaluate(state, start)
         began, step, bad, batch_at = time.monotonic(), start, None, data.iterate(start)
         while step < config.steps and not (bad or stop.asked()):
-            watchdog.beat(f"step {step}")
+            watchdog.beat(f"step {step + 1}")
             traced(step, state.step)
             try:
                 batch = next(batch_at)

@@ -45,7 +45,7 @@ def show_then_hang(self, step, **values):
     if step == at:
         threading.Event().wait()
 metrics.Progress.show = show_then_hang
-distributed.Watchdog.beat = lambda self, doing: beat(self, None if doing == "step 0" else doing)
+distributed.Watchdog.beat = lambda self, doing: beat(self, None if doing == "step 1" else doing)
 runpy.run_module("fm_jax.train", run_name="__main__", alter_sys=True)
 """
 # Runs the command, and lets no file grow beyond so many bytes once the progress of a step is shown, as a full disk.
