@@ -459,6 +459,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_another_mesh_goes_on(
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-3), a["step"]
 
 
+@pytest.mark.slow
 def test_a_workdir_that_hosts_do_not_share_is_refused(tiny_flags, tmp_path):
     """Each process has a folder of its own under the same name, as on hosts with local disks."""
     command = [sys.executable, "-m", "fm_jax.train", *tiny_flags, *MESH, "--workdir=run"]
