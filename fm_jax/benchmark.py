@@ -39,7 +39,7 @@ def benchmark(config, *, steps: int = 10, warmup_steps: int = 3, seed: int = 0) 
     init_s = time.perf_counter() - begin
 
     rng = np.random.default_rng(seed)
-    batch = program.place(objective.random_batch(config.batch_size // jax.process_count(), rng))
+    batch = program.place(objective.random_batch(len(program.rows), rng))
     times, losses = [], []
     for step in range(warmup_steps + steps):
         if step == warmup_steps:

@@ -15,6 +15,10 @@ reads, and whatever changes a committed file later is found by `verify` and name
 uncompressed: random floats do not compress, and trying costs more than half of the save.
 
 All processes of a multi-host run call these functions together and see the same folder.
+
+A bucket is not written to: gs:// and s3:// are refused at the start. Orbax could write arrays there, but what makes a
+checkpoint here whole or absent is one rename of a folder, the metrics are a file that grows, and the lock is the
+kernel's; stores of objects have none of the three. A mounted bucket is tried at the start like any folder, see `lock`.
 """
 
 from concurrent import futures
@@ -26,9 +30,12 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 import zlib
 
 from etils import epath
@@ -43,7 +50,7 @@ import orbax.checkpoint as ocp
 
 import fm_jax
 from fm_jax import config as config_lib
-from fm_jax import tree
+from fm_jax import distributed, tree
 from fm_jax.errors import UserError, choose
 
 FORMAT = 1                # of meta.json
@@ -64,10 +71,11 @@ FREE = ("model.dtype", "model.remat", "model.scan_layers", "model.attention_kern
 def lock(folder):
     """Holds a run folder, made where it is not there, for one training run: a second one would destroy its files.
 
-    The kernel lets go of `RUN/lock` when process 0 ends, however it ends.
+    The kernel lets go of `RUN/lock` when process 0 ends, however it ends. What a run does in the folder is tried
+    here: a wrong mount, or one that is not the same for all processes, must not show at the first save.
 
     Raises:
-      UserError: another process trains there, or the folder cannot be written.
+      UserError: another process trains there, the folder cannot be written, or not by all processes.
     """
     folder, taken = _local(folder), False
     with contextlib.ExitStack() as held:
@@ -85,7 +93,39 @@ def lock(folder):
             taken = bool(multihost_utils.broadcast_one_to_all(np.int32(taken)))
         if taken:
             raise UserError(f"another process trains in {folder}: wait for its end, or take another --workdir")
+        _try(folder)
         yield
+
+
+def _try(folder):
+    """Raises UserError where not every process can write a file in a folder that process 0 makes, and then renames."""
+    number, mark = jax.process_index(), np.int32(int.from_bytes(os.urandom(3)))
+    if jax.process_count() > 1:
+        mark = multihost_utils.broadcast_one_to_all(mark)
+    trial, renamed = folder / f".trial_{int(mark)}", folder / f".trial_{int(mark)}.renamed"
+    with _writable(folder):
+        if number == 0:
+            for left in folder.glob(".trial_*"):   # by a run that was killed here
+                shutil.rmtree(left, ignore_errors=True)
+            trial.mkdir()
+        _sync("trial folder made")
+        for _ in range(50):   # network file systems remember for seconds what was not there
+            if trial.is_dir():
+                break
+            time.sleep(0.2)
+        else:
+            raise UserError(f"--workdir={folder}: process {number}, on {socket.gethostname()}, does not see what "
+                            "process 0 writes there; name a folder that all hosts share")
+        with open(trial / str(number), "wb") as file:
+            file.write(b"x")
+            os.fsync(file.fileno())
+        _sync("trial files written")
+        if number == 0:
+            try:
+                trial.rename(renamed)
+            finally:
+                shutil.rmtree(trial, ignore_errors=True)
+                shutil.rmtree(renamed, ignore_errors=True)
 
 
 def describe_run(folder, config: ml_collections.ConfigDict, step: int, *, tokenizer=None,
@@ -155,8 +195,9 @@ def check_tokenizer(folder, tokenizer) -> None:
 
 
 def _local(folder):
-    if "://" in str(folder):
-        raise UserError(f"{folder}: only folders of a mounted file system work; mount the bucket, and name that path")
+    if scheme := re.match(r"([a-z][a-z0-9+.-]+):/", str(folder)):   # pathlib has made gs:/ of gs://
+        raise UserError(f"{folder}: {scheme[1]}:// is not supported; a run lives in a folder of a mounted file system "
+                        "that can rename folders and append to files: name such a path")
     return pathlib.Path(folder)
 
 
@@ -298,6 +339,7 @@ def start(folder, config: ml_collections.ConfigDict, abstract, init, *, axes=Non
         tokenizer, while a parameter with a vocabulary axis would come from it.
     """
     folder, options = _local(folder), config.checkpoint
+    distributed.agree(steps(folder), folder / "checkpoints")
     if steps(folder):
         note = _check_same(folder, config, FIXED, tokenizer, data, remedy=(
             f"take another --workdir, with --config.checkpoint.continue_from={folder} to go on from that run's state, "
@@ -477,6 +519,7 @@ class Checkpoints:
         self._folder = self._run / "checkpoints"
         self._options = options
         self._saving = None       # step being written
+        self._saved = set(steps(self._run))   # not looked up again: all processes must agree on what is to be saved
         self._checkpointer = None
         self._deleting = None     # future of the folders being deleted
         self._versions = _versions()
@@ -487,6 +530,7 @@ class Checkpoints:
             self._delete([d for d in self._folder.iterdir() if ".orbax-checkpoint-tmp" in d.name
                           or d.name.endswith(".deleted")])
         _sync("checkpoint folder made")
+        self._identity = _identity(self._folder)   # a writing thread would make it again, if it were removed
 
     def save(self, step: int, state, metrics: dict[str, float] | None = None) -> None:
         """Returns once `state` may be donated; the checkpoint of `step` is complete after `wait`.
@@ -495,12 +539,23 @@ class Checkpoints:
         left alone. `metrics` are stored beside it; `best_metric` among them counts for `keep_best`.
 
         Raises:
-          UserError: this save, or the one before, did not fit on the disk. Earlier checkpoints are intact.
+          UserError: this save, or the one before, did not fit on the disk. Earlier checkpoints are intact. Or the
+            folder was removed: it is made again, and has this step.
         """
-        self.wait()
+        gone = _any(_identity(self._folder) != self._identity)
+        try:
+            self.wait()
+        except Exception:
+            if not gone or jax.process_count() > 1:
+                raise
         step = int(step)
-        if step in steps(self._run):
+        if step in self._saved and not gone:
             return
+        if gone:
+            with _writable(self._folder):
+                self._folder.mkdir(parents=True, exist_ok=True)
+            _sync("checkpoint folder made again")
+            self._identity = _identity(self._folder)
         self._check_space(step, state)
         self._saving = step
         items = _items(state)
@@ -512,8 +567,11 @@ class Checkpoints:
             self._checkpointer.save(self._folder.absolute() / str(step), args=_HandlerArgs(**args))
         except Exception as e:
             raise self._failed(e) from e
-        if not self._options.asynchronous:
+        if gone or not self._options.asynchronous:
             self.wait()
+        if gone:
+            raise UserError(f"{self._folder} was removed while this run was at work; it is there again, with the state "
+                            f"of step {step} alone: the same command continues from it")
 
     def wait(self) -> None:
         """Returns when the last save is complete and the checkpoints that are no longer kept are out of sight.
@@ -527,6 +585,7 @@ class Checkpoints:
         except Exception as e:
             raise self._failed(e) from e
         self._checkpointer.close()
+        self._saved.add(self._saving)
         self._saving = None
         if jax.process_index() == 0:
             there = steps(self._run)
@@ -686,6 +745,20 @@ def _checksum(path, block):
 
 def _threads():
     return futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+
+
+def _identity(path):
+    """Returns what tells a folder from one that was made in its place; None where there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _any(true):
+    """Returns whether it is true in any process."""
+    return bool(true if jax.process_count() == 1 else multihost_utils.process_allgather(np.bool_(true)).any())
 
 
 def _first(lines, most=10):

@@ -119,6 +119,7 @@ def defaults() -> ml_collections.ConfigDict:
     c.health = h = ml_collections.ConfigDict()
     h.skip_grad_norm_factor = 0.0        # skip a step whose gradient norm exceeds this times its running mean; 0: off
     h.skip_grad_norm_warmup_steps = 100  # no skipping before this step
+    h.hang_timeout_s = 3600.0            # a step, save or validation that takes longer ends the run; 0: off
     return _lock(c)
 
 
@@ -259,7 +260,8 @@ def resolve(config: ml_collections.ConfigDict, *, examples_per_epoch: int | None
         require(key, lambda v: v >= 1, "must be at least 1")
     for key in ("data.prefetch_batches", "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.eps",
                 "optimizer.learning_rate", "optimizer.muon_learning_rate", "checkpoint.keep_every",
-                "checkpoint.keep_best", "eval.batches", "eval.tasks_limit", "health.skip_grad_norm_factor"):
+                "checkpoint.keep_best", "eval.batches", "eval.tasks_limit", "health.skip_grad_norm_factor",
+                "health.hang_timeout_s"):
         require(key, lambda v: 0 <= v < float("inf"), "must be 0 or more, and finite")
     require("seed", lambda v: 0 <= v < 2 ** 32, "must be from 0 to 2**32 - 1")
     for key in ("optimizer.b1", "optimizer.b2", "optimizer.ema_decay"):

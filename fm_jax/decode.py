@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fm_jax import distributed
 from fm_jax.errors import UserError
 from fm_jax.model import Cache, unstack
 
@@ -376,7 +377,7 @@ def complete(objective, params, prompts: list[np.ndarray], *, max_new_tokens: in
     slots, drawn = begin(slots, logits, logprobs)
     made, finish, parts = [[] for _ in range(rows)], [""] * rows, []
     while True:
-        parts.append(jax.tree.map(np.asarray, drawn))
+        parts.append(distributed.fetch(drawn))
         for i in [i for i, how in enumerate(finish) if not how]:
             new = parts[-1].token[parts[-1].real[:, i], i]
             if _extend(made[i], new, stop_ids, stopped and functools.partial(stopped, i)):
@@ -503,7 +504,7 @@ def beam_search(objective, params, prompts: list[np.ndarray], *, max_new_tokens:
     for made in range(1, max_new_tokens + 1):
         sums = np.array([[total for _, total in beams] for beams in running], np.float32)
         # One beam ends in each of the stop tokens at most: these leave num_beams that go on.
-        best = jax.tree.map(np.asarray, _candidates(logits, sums, (len(stop_ids) + 1) * W, vocab_size))
+        best = distributed.fetch(_candidates(logits, sums, (len(stop_ids) + 1) * W, vocab_size))
         for i in np.flatnonzero(~done):
             beams = []
             for rank, (total, parent, token) in enumerate(zip(*(x[i].tolist() for x in best))):

@@ -27,6 +27,7 @@ import tempfile
 from absl import flags
 
 from fm_jax import config as config_lib
+from fm_jax import distributed
 from fm_jax.errors import UserError
 
 
@@ -166,11 +167,16 @@ def _measured(path, settings, lm, run):
 
     settings = json.loads(json.dumps(settings))
     try:
-        before = json.loads(path.read_text())
+        text = path.read_text()
+    except (OSError, ValueError):
+        text = ""
+    distributed.agree(text, path)
+    try:
+        before = json.loads(text)
         if {k: before.pop(k) for k in settings} == settings and set(before) == {"metrics", "samples"}:
             print(f"{path} is of the same model and settings: taken as it is")
             return settings | before
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         pass   # none there, or of something else: it is replaced
     journal = Journal(lm, path.with_name(path.name + ".partial"), settings)
     metrics, samples = run(journal)
@@ -186,7 +192,11 @@ def _plain(value):
 
 
 def _write(path, text, what):
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all; of several processes, one does."""
+    import jax
+
+    if jax.process_index() != 0:
+        return
     new = path.with_name(path.name + ".new")
     try:
         new.write_text(text)
@@ -239,6 +249,7 @@ def _flags(fv):
     flags.DEFINE_string("print_task", "", "print the file of a task, to be edited, and no more", flag_values=fv)
     flags.DEFINE_list("compare", [], "two runs or folders of results, a b or a,b: how b differs from a, by a paired "
                       "bootstrap over their samples; evaluates nothing", flag_values=fv)
+    distributed.define_flags(fv)
 
 
 def main(args):
@@ -261,9 +272,10 @@ def main(args):
             print(f"{task:<30} {label:<18} {value}" + (f" +- {error}" if error else ""), flush=True)
 
     chat = requests.Chat(args.system_instruction, args.fewshot_as_multiturn is not False) if args.chat else None
-    evaluate(args.workdir, args.tasks, num_fewshot=args.num_fewshot, step=args.step, mesh=parse_mesh(args.mesh),
-             limit=args.limit, chat=chat, data=args.data, output=args.output, cache=os.environ.get("FM_JAX_CACHE", ""),
-             done=show)
+    with distributed.processes(args):
+        evaluate(args.workdir, args.tasks, num_fewshot=args.num_fewshot, step=args.step, mesh=parse_mesh(args.mesh),
+                 limit=args.limit, chat=chat, data=args.data, output=args.output,
+                 cache=os.environ.get("FM_JAX_CACHE", ""), done=show)
 
 
 def _task_list():

@@ -16,6 +16,7 @@ import sys
 from absl import flags
 
 from fm_jax import config as config_lib
+from fm_jax import distributed
 from fm_jax.errors import UserError
 
 
@@ -42,9 +43,15 @@ def _flags(fv):
     flags.DEFINE_integer("seed", 0, "of the draws", flag_values=fv)
     flags.DEFINE_integer("step", None, "of the checkpoint; default the newest", flag_values=fv)
     flags.DEFINE_string("mesh", "", "devices per axis, as in fsdp=4,tensor=2; default one device", flag_values=fv)
+    distributed.define_flags(fv)
 
 
 def main(args):
+    with distributed.processes(args):
+        _generate(args)
+
+
+def _generate(args):
     import fm_jax
     from fm_jax.decode import Sampling
     from fm_jax.pretrained import parse_mesh

@@ -25,6 +25,7 @@ import time
 import jax
 import numpy as np
 
+from fm_jax.distributed import Output
 from fm_jax.errors import UserError
 
 
@@ -215,7 +216,8 @@ class Progress:
     def __init__(self, total_steps: int, *, every: int = 10, bar: bool = True, out=None):
         self._total, self._every = total_steps, every
         self._out = sys.stdout if out is None else out
-        self._silent = jax.process_index() != 0
+        # What another process prints is for its log, where it has one.
+        self._silent = jax.process_index() != 0 and not isinstance(self._out, Output)
         self._bar = bar and self._out.isatty()
         self._drawn_s = 0.0
         self._open = False   # the line of the bar has no end yet

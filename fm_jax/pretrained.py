@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from fm_jax import checkpoint, config as config_lib, decode, hf, objectives, scoring, sharding, tree
+from fm_jax import checkpoint, config as config_lib, decode, distributed, hf, objectives, scoring, sharding, tree
 from fm_jax import tokenizer as tokenizers
 from fm_jax.data.prepared import document_ends
 from fm_jax.errors import UserError, choose
@@ -27,7 +27,8 @@ def load(folder, *, step: int | None = None, mesh: dict | None = None, ema: bool
     Args:
       folder: what `--workdir` was.
       step: of the checkpoint; default the newest.
-      mesh: devices per axis, as `config.mesh`, whatever mesh it was trained on; default one device.
+      mesh: devices per axis, as `config.mesh`, whatever mesh it was trained on; default one device, and of several
+        processes, which must use all that they have, data=-1.
       ema: take the average of the parameters where the run keeps one.
 
     Raises:
@@ -67,7 +68,7 @@ def load_hf(folder, *, mesh: dict | None = None, dtype: str = "") -> "Pretrained
 
 def _abstract(config, tokenizer, mesh):
     """Returns (objective, its parameters as shape structs with shardings on the mesh)."""
-    layout = sharding.Layout(sharding.make_mesh(mesh or {}))
+    layout = sharding.Layout(sharding.make_mesh(mesh or {"data": -1 if jax.process_count() > 1 else 1}))
     objective = objectives.load(config, tokenizer, layout)
     params, axes = sharding.unbox(jax.eval_shape(objective.init, jax.random.key(0)))
     return objective, jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s),
@@ -108,11 +109,13 @@ class Pretrained:
 
     def logits(self, tokens) -> np.ndarray:
         """Returns float32 [B, T, V] for int tokens [B, T]: what the model expects after each token."""
-        return np.asarray(self._jitted["logits"](self.params, self._checked(tokens))[: len(tokens)], np.float32)
+        logits = distributed.fetch(self._jitted["logits"](self.params, self._checked(tokens)))
+        return logits[: len(tokens)].astype(np.float32)
 
     def hidden(self, tokens) -> np.ndarray:
         """Returns float32 [B, T, D] for int tokens [B, T]: hidden states after the final norm."""
-        return np.asarray(self._jitted["hidden"](self.params, self._checked(tokens))[0][: len(tokens)], np.float32)
+        hidden = distributed.fetch(self._jitted["hidden"](self.params, self._checked(tokens))[0])
+        return hidden[: len(tokens)].astype(np.float32)
 
     def score(self, contexts, continuations) -> list[scoring.Score]:
         """Returns (logprob, is_greedy, num_tokens) of each continuation (text) after its context (text)."""

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fm_jax import distributed
 from fm_jax.data.prepared import document_ends
 from fm_jax.errors import UserError
 from fm_jax.model import Trunk
@@ -169,7 +170,7 @@ def score(objective, params, pairs, *, batch_size: int = 16, work: Work | None =
     before = []   # (owners, what `head` gave): fetched one pass late, so that the host never holds up the device
 
     def fetch(owners, found):
-        logprobs, correct = (np.asarray(x)[: len(owners)] for x in found)
+        logprobs, correct = (x[: len(owners)] for x in distributed.fetch(found))
         np.add.at(sums, owners, logprobs)   # float64
         greedy[owners[correct == 0]] = False
 

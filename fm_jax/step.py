@@ -96,18 +96,39 @@ class Program:
         options = {"xla_backend_optimization_level": 1} if self._cpu else None
         return jax.jit(self._init, out_shardings=self.shardings, compiler_options=options)()
 
+    def compile(self) -> None:
+        """Returns nothing; compiles the steps, which calls of them then find compiled."""
+        self.train_step.lower(self.abstract, self.batch_spec, 0).compile()
+        if self.config.eval.every:
+            self.eval_step.lower(self.eval_params(self.abstract), self.batch_spec).compile()
+
+    @functools.cached_property
+    def rows(self) -> np.ndarray:
+        """The rows of a batch that this process's devices hold, int64, ascending.
+
+        Where the mesh cuts something else than the batch over processes (tensor, context), several hold the same rows.
+        """
+        number = np.arange(self.config.batch_size)
+        held = self.layout.batch(1).addressable_devices_indices_map(number.shape)
+        return np.unique(np.concatenate([number[index] for index in held.values()]))
+
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Returns the global batch on the devices, from this host's part of it.
+        """Returns the global batch on the devices, from this process's `rows` of it.
 
         Raises:
           UserError: names, shapes or dtypes other than the objective's `batch_spec`.
         """
-        hosts = jax.process_count()
-        found = {n: (a.shape[0] * hosts, *a.shape[1:], str(a.dtype)) for n, a in batch.items()}
-        wanted = {n: (*s.shape, str(s.dtype)) for n, s in self.batch_spec.items()}
+        found = {n: (*a.shape, str(a.dtype)) for n, a in batch.items()}
+        wanted = {n: (len(self.rows), *s.shape[1:], str(s.dtype)) for n, s in self.batch_spec.items()}
         if found != wanted:
             raise UserError(f"the batch is {found}, the objective's batch_spec says {wanted}")
-        return {n: jax.make_array_from_process_local_data(self.batch_spec[n].sharding, a) for n, a in batch.items()}
+
+        def part(array, index):
+            rows = np.searchsorted(self.rows, index[0].indices(self.config.batch_size)[:2])
+            return array[(slice(*rows), *index[1:])]
+
+        return {n: jax.make_array_from_callback(s.shape, s.sharding, functools.partial(part, batch[n]))
+                for n, s in self.batch_spec.items()}
 
     def eval_params(self, state: State):
         """Returns the parameters to evaluate: their average, where the run keeps one."""

@@ -3,11 +3,13 @@
     python -m fm_jax.train --config configs/causal_lm.py:small --workdir runs/x
     python -m fm_jax.train --config configs/causal_lm.py:small --workdir runs/x --config.optimizer.learning_rate=3e-4
 
-The same command continues a run that was stopped. Layer 5; `train` is also a function.
+The same command continues a run that was stopped. On several hosts it is started on each: `distributed` says how they
+find each other. Layer 5; `train` is also a function.
 """
 
 import contextlib
 import json
+import os
 from pathlib import Path
 import signal
 import time
@@ -15,6 +17,7 @@ import time
 from absl import flags
 
 from fm_jax import config as config_lib
+from fm_jax import distributed
 from fm_jax.errors import UserError, choose
 
 # The exit code after SIGTERM: saved, not done. A scheduler that saw 0 would take a preempted run for a finished one; by
@@ -22,12 +25,16 @@ from fm_jax.errors import UserError, choose
 STOPPED = 75
 
 
-def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
+def train(config, workdir, *, profile_steps: int = 0, peers: distributed.Peers | None = None) -> dict[str, float]:
     """Returns the last validation metrics of the run of `config`, trained in `workdir` to its end; {} without any.
 
     SIGTERM saves at the next step boundary and exits with STOPPED; so does SIGINT (Ctrl-C), which then raises
-    KeyboardInterrupt; a second SIGINT does so at once.
+    KeyboardInterrupt; a second SIGINT does so at once. Of several processes, whichever gets the signal, all do so at the
+    same step. From the signal to the end take the steps under way, two seconds of several processes' agreement, and one
+    save.
+
     profile_steps: trace so many steps, from the tenth after the start or the last ones, into `workdir`/profile.
+    peers: the other processes of the run, to be told where this one hangs.
 
     Raises:
       UserError: whatever cannot start, each in its own words; a loss or gradient that is not finite, after
@@ -44,10 +51,11 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
     layout = sharding.Layout(sharding.make_mesh(config.mesh))
     tokenizer = batches.load_tokenizer(config)
     objective = objectives.load(config, tokenizer, layout)
-    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    data = batches.open_batches(config, objective, **hosts)
-    held_out = batches.open_batches(config, objective, split="validation", **hosts) if config.eval.every else None
     program = Program(config, objective, layout)
+    data = batches.open_batches(config, objective, rows=program.rows)
+    held_out = None
+    if config.eval.every:
+        held_out = batches.open_batches(config, objective, split="validation", rows=program.rows)
     tasks = _open_tasks(config, tokenizer, objective) if config.eval.tasks else None
     if config.checkpoint.keep_best:
         _check_best(config, program)
@@ -65,8 +73,9 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
         """Returns the held-out means, written and shown; {} where the run is told to stop: that does not wait."""
         sums = metrics.Sums()
         for batch in held_out.iterate():
-            if stop:
+            if stop.asked():
                 return {}
+            watchdog.beat(f"a batch of the validation after step {step}")
             sums.add(jax.device_get(program.eval_step(program.eval_params(state), program.place(batch))))
         values = sums.take("validation/")
         text = ", ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in values.items())
@@ -76,8 +85,9 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
 
     def evaluate(state, step):
         """Writes and shows what `config.eval.tasks` find, but where the run is told to stop."""
+        watchdog.beat(None)   # a task may be long
         values = _evaluate(config, tokenizer, objective, program.eval_params(state), tasks, stop)
-        if not stop:
+        if values:
             progress.note(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
             writer.write(step, values)
 
@@ -104,6 +114,7 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
 
     with contextlib.ExitStack() as held:
         held.enter_context(checkpoint.lock(workdir))
+        distributed.log_to(workdir)
         # Whatever refuses the start does so before anything in the folder changes.
         state, start, origin = checkpoint.start(workdir, config, program.abstract, program.init, axes=program.axes,
                                                 **described)
@@ -114,12 +125,16 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
         stop = held.enter_context(stop_signals())
         traced_from = max(start, min(start + 10, config.steps - profile_steps))
         traced = held.enter_context(metrics.profile(workdir / "profile", traced_from, profile_steps))
+        watchdog = held.enter_context(distributed.Watchdog(config.health.hang_timeout_s, peers))
 
         progress.note(f"{config.name or config.objective}: {tree.count(program.abstract.params):,} parameters on "
                       f"{devices.size} {devices.flat[0].device_kind} ({mesh})")
         progress.note(origin)
         if start >= config.steps:
             progress.note(f"all {config.steps} steps are done; a longer run: --config.steps=N")
+        if jax.process_count() > 1:
+            program.compile()
+            distributed.wait_for_all("compiled")
         # Validation metrics: the last ones, and those of the present step, which its checkpoint keeps.
         last = here = {k: v for k, v in writer.start.items() if k.startswith("validation/")}
         if start and due(config.eval.every, start) and not last:   # a stop cut it short
@@ -127,9 +142,16 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
         if start and due(tasks_every, start) and not any(k.startswith("eval/") for k in writer.start):
             evaluate(state, start)
         began, step, bad, batch_at = time.monotonic(), start, None, data.iterate(start)
-        while step < config.steps and not (bad or stop):
+        while step < config.steps and not (bad or stop.asked()):
+            watchdog.beat(f"step {step + 1}")
             traced(step, state.step)
-            state, values = program.train_step(state, program.place(next(batch_at)), step)
+            try:
+                batch = next(batch_at)
+            except UserError:   # its data is gone. Others of several processes are in the step by now, and cannot save
+                if jax.process_count() == 1 and not log(late.flush()):
+                    checkpoints.save(step, state, here)
+                raise
+            state, values = program.train_step(state, program.place(batch), step)
             if step == start:
                 jax.block_until_ready(state.step)
                 progress.note(f"first step after {time.monotonic() - began:.1f} s")
@@ -144,19 +166,21 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
                     if due(tasks_every, step) and not bad:
                         evaluate(state, step)
                     if due(config.checkpoint.every, step) and not bad:
+                        watchdog.beat(f"the save of step {step}, or the one before")
                         checkpoints.save(step, state, here)
         bad = bad or log(late.flush())
+        watchdog.beat(f"the last save, of step {step}")
         if bad:
             checkpoints.save(bad[0], state)
             checkpoints.wait()
             raise UserError(_report_bad_step(workdir, *bad, step - 1, data))
-        if stop:
+        if stop.by:
             checkpoints.save(step, state, here)
         progress.close()
-    if stop:
-        progress.note(f"stopped by {stop[0]} after step {step}, which is saved; the same command continues from there")
+    if stop.by:
+        progress.note(f"stopped by {stop.by} after step {step}, which is saved; the same command continues from there")
         # What called this, a script or a notebook, is meant to stop as well.
-        if stop[0] == "SIGINT":
+        if stop.by == "SIGINT":
             raise KeyboardInterrupt
         raise SystemExit(STOPPED)
     return last
@@ -164,14 +188,12 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
 
 def _open_tasks(config, tokenizer, objective):
     """Returns ({name: task}, {name: group}) of `config.eval.tasks`. Raises UserError for what would fail later."""
-    import jax
-
     from fm_jax import pretrained
     from fm_jax.evals import names, requests
 
-    if jax.process_count() > 1 or not {"trees", "score", "decode"} <= set(objective.predict):
+    if not {"trees", "score", "decode"} <= set(objective.predict):
         raise UserError(f"config.eval.tasks={','.join(config.eval.tasks)}: tasks are evaluated in the training of "
-                        "language models by one process; evaluate the checkpoints by fm_jax.evaluate instead")
+                        "language models; leave them out")
     try:
         tasks, groups = names.load(config.eval.tasks)
         for task in tasks.values():
@@ -183,7 +205,7 @@ def _open_tasks(config, tokenizer, objective):
 
 
 def _evaluate(config, tokenizer, objective, params, opened, stop):
-    """Returns {"eval/TASK/METRIC": value}, of groups too. Does no further task once `stop` has something in it."""
+    """Returns {"eval/TASK/METRIC": value}, of groups too; {} where the run is told to `stop` before the last task."""
     from fm_jax import pretrained
     from fm_jax.evals import requests, results
 
@@ -191,7 +213,7 @@ def _evaluate(config, tokenizer, objective, params, opened, stop):
     # Made anew, so that nothing of these parameters stays behind.
     lm, found = pretrained.Pretrained(config, tokenizer, objective, params), {}
     for name, task in tasks.items():
-        if stop:
+        if stop.asked():
             return {}
         found[name] = requests.evaluate(lm, task, limit=config.eval.tasks_limit, bootstrap_iters=0)._asdict()
     found |= {name: {"metrics": results.aggregate(group, found)} for name, group in groups.items()}
@@ -222,16 +244,18 @@ def _report_bad_step(workdir, bad, values, seen, data):
 
     `seen`: the last step that was started.
     """
+    import jax
     import numpy as np
 
     folder = workdir / f"not_finite_{bad}"
-    ids = data.ids(bad)
+    ids = data.ids(bad)   # of several processes, each has its own
+    name = "batch.npz" if jax.process_count() == 1 else f"batch_of_process_{jax.process_index()}.npz"
     numbers = {name: [str(x) for x in np.ravel(value)] for name, value in values.items()}
     report = {"step": bad, "last_step_started": seen, "examples": ids.tolist(), "metrics": numbers}
     try:
         folder.mkdir(exist_ok=True)
-        np.savez(folder / "batch.npz", **data.batch(bad))
-        (folder / "report.json").write_text(json.dumps(report, indent=1))
+        np.savez(folder / name, **data.batch(bad))
+        (folder / name.replace("batch", "report").replace("npz", "json")).write_text(json.dumps(report, indent=1))
         where = f"the batch in {folder}"
     except OSError as e:
         where = f"the batch not, as {folder} cannot be written ({e.strerror})"
@@ -240,23 +264,52 @@ def _report_bad_step(workdir, bad, values, seen, data):
             "--config.optimizer.learning_rate, or look into that batch")
 
 
+class Stop:
+    """Whether the run is told to stop. Several processes ask in step with each other, and have the same answer.
+
+    Attributes:
+      by: the name of the signal, once `asked` has said so; None.
+    """
+
+    def __init__(self, processes: int = 1):
+        self._processes, self._times, self._caught, self.by = processes, 0, [], None
+
+    def asked(self) -> bool:
+        """Returns whether to stop. Once it has, it does."""
+        if self._processes > 1 and not self.by:
+            from jax.experimental import multihost_utils
+
+            # A notice of any process is known to all; they agree on the first time that all of them have yet to ask.
+            self._times += 1
+            if multihost_utils.reached_preemption_sync_point(self._times):
+                self.by = "SIGTERM"
+        elif self._caught:
+            self.by = self._caught[0]
+        return self.by is not None
+
+    def catch(self, number, frame=None):
+        """The handler of signals."""
+        if self._caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._caught.append(signal.Signals(number).name)
+        if self._processes > 1:   # jax's own handler of SIGTERM tells the others
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 @contextlib.contextmanager
 def stop_signals():
-    """Yields a list that stays empty until SIGTERM or SIGINT names itself in it. A second SIGINT interrupts at once."""
-    caught = []
+    """Yields the `Stop` that SIGTERM and SIGINT ask for. A second SIGINT interrupts at once."""
+    import jax
 
-    def handler(number, frame):
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(signal.Signals(number).name)
-
+    stop = Stop(jax.process_count())
     try:
-        previous = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+        caught = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
+        previous = {s: signal.signal(s, stop.catch) for s in caught}
     except ValueError:   # not the main thread, as in a notebook's worker: its owner handles signals
-        yield caught
+        yield stop
         return
     try:
-        yield caught
+        yield stop
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
@@ -267,10 +320,12 @@ def _flags(fv):
     flags.DEFINE_string("workdir", None, "the run's folder; made where it is not there", flag_values=fv, required=True)
     flags.DEFINE_integer("profile", 0, "trace so many steps for XProf, into WORKDIR/profile", flag_values=fv,
                          lower_bound=0)
+    distributed.define_flags(fv)
 
 
 def main(args):
-    train(args.config, args.workdir, profile_steps=args.profile)
+    with distributed.processes(args) as peers:
+        train(args.config, args.workdir, profile_steps=args.profile, peers=peers)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "fm_jax"
 # A module imports modules of layers below its own, and of its own layer only as SAME_LAYER says. "data" stands for
 # data/ and all in it. A new module takes its place here.
 LAYERS = (
-    ("errors", "architecture", "config", "tree", "sharding"),
+    ("errors", "architecture", "config", "distributed", "tree", "sharding"),
     ("kernels", "ring", "pipeline", "model", "frontends", "tokenizer"),
     ("objectives", "data", "optim", "checkpoint", "metrics", "gguf"),
     ("decode", "hf", "scoring", "step"),
@@ -25,8 +25,8 @@ LAYERS = (
     ("train", "evaluate", "generate", "serve", "lm_eval", "plan", "benchmark", "prepare", "report", "convert"),
 )
 SAME_LAYER = {
-    ("architecture", "errors"), ("config", "errors"), ("config", "architecture"), ("tree", "errors"),
-    ("sharding", "errors"), ("sharding", "tree"), ("ring", "kernels"), ("model", "kernels"),
+    ("architecture", "errors"), ("config", "errors"), ("config", "architecture"), ("distributed", "errors"),
+    ("tree", "errors"), ("sharding", "errors"), ("sharding", "tree"), ("ring", "kernels"), ("model", "kernels"),
     ("model", "ring"), ("model", "pipeline"), ("frontends", "kernels"),
     ("frontends", "model"),
     ("report", "evaluate"),   # the report runs the evaluation that the command does

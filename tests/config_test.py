@@ -293,7 +293,8 @@ def test_a_config_of_another_version(tmp_path):
     config_lib.save(c, path)
     loaded, filled = config_lib.load(path)
     assert loaded.model.qk_norm == "none"
-    assert filled == ["health.skip_grad_norm_factor", "health.skip_grad_norm_warmup_steps", "model.qk_norm"]
+    assert filled == ["health.hang_timeout_s", "health.skip_grad_norm_factor", "health.skip_grad_norm_warmup_steps",
+                      "model.qk_norm"]
     with c.unlocked():
         c.optimizer.learning_rat = 1.0
     config_lib.save(c, path)

@@ -1,8 +1,10 @@
 """A run from its command line to its last checkpoint: written whole, continued exactly, stopped cleanly."""
 
+import errno
 import json
 import math
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -12,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from fm_jax import checkpoint, config as config_lib, evaluate as evaluate_lib, metrics, objectives, sharding, tree
-from fm_jax import train as train_lib
+from fm_jax import checkpoint, config as config_lib, distributed, evaluate as evaluate_lib, metrics, objectives, sharding
+from fm_jax import train as train_lib, tree
 from fm_jax.data import batches, documents, prepared
 from fm_jax.errors import UserError
 from fm_jax.step import Program
@@ -30,6 +32,20 @@ def show_then_signal(self, step, **values):
     if step == at:
         os.kill(os.getpid(), getattr(signal, name))
 metrics.Progress.show = show_then_signal
+runpy.run_module("fm_jax.train", run_name="__main__", alter_sys=True)
+"""
+# Runs the command, which hangs when the progress of a step is shown. Compiling is not watched: it may take long here.
+HANGING = """
+import runpy, threading, sys
+from fm_jax import distributed, metrics
+at = int(sys.argv.pop(1))
+show, beat = metrics.Progress.show, distributed.Watchdog.beat
+def show_then_hang(self, step, **values):
+    show(self, step, **values)
+    if step == at:
+        threading.Event().wait()
+metrics.Progress.show = show_then_hang
+distributed.Watchdog.beat = lambda self, doing: beat(self, None if doing == "step 1" else doing)
 runpy.run_module("fm_jax.train", run_name="__main__", alter_sys=True)
 """
 # Runs the command, and lets no file grow beyond so many bytes once the progress of a step is shown, as a full disk.
@@ -269,7 +285,7 @@ def test_tasks_are_evaluated_on_the_way(mesh, tasks, tiny_flags, tmp_path, monke
 
 def test_tasks_that_a_stop_cut_short_are_evaluated_by_the_next_start(tasks, tiny_flags, tmp_path, monkeypatch):
     run, flags = tmp_path / "run", dict(eval__tasks=(str(tasks),), eval__tasks_every=3, eval__tasks_limit=2, steps=3)
-    monkeypatch.setattr(train_lib, "_evaluate", lambda *args: args[-1].append("SIGTERM") or {})
+    monkeypatch.setattr(train_lib, "_evaluate", lambda *args: args[-1].catch(signal.SIGTERM) or {})
     with pytest.raises(SystemExit):
         train_lib.train(short_config(tiny_flags, **flags), run)
     assert not rows(run, "eval/") and checkpoint.steps(run) == [3]
@@ -353,6 +369,19 @@ def test_a_batch_without_a_scored_token_has_no_loss(inline, tiny_flags, tmp_path
     assert code == 0 and not err and "nan" not in out, (out, err)
     assert [r["train/loss"] is None for r in rows(tmp_path / "run", "train/")] == [False] * 5 + [True, False]
     assert "step 6/7 | " in out and "step 6/7 | loss" not in out and "step 7/7 | loss" in out
+
+
+def test_a_step_that_hangs_ends_the_run_with_every_stack_and_it_goes_on(tiny_run, tiny_flags, tmp_path, command):
+    flags = [*tiny_flags, "--workdir=run", "--config.health.hang_timeout_s=5"]
+    result = subprocess.run([sys.executable, "-c", HANGING, "6", *flags], capture_output=True, text=True, timeout=120,
+                            cwd=tmp_path)
+    assert result.returncode == distributed.HUNG, result.stderr
+    assert "step 6 has made no progress for 5 s (config.health.hang_timeout_s)" in result.stderr
+    assert "thread MainThread:" in result.stderr and "in show_then_hang" in result.stderr
+    assert checkpoint.steps(tmp_path / "run") == [4]
+    result = command("train", *flags, cwd=tmp_path)
+    assert result.returncode == 0 and "from step 4" in result.stdout, result.stderr
+    assert rows(tmp_path / "run") == rows(tiny_run[0]) and state_of(tmp_path / "run", 12) == state_of(tiny_run[0], 12)
 
 
 # --- Validation -----------------------------------------------------------------------------------------------------
@@ -559,3 +588,73 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(room, me
     assert result.returncode == 0 and "from step 4" in result.stdout, result.stderr
     assert state_of(tmp_path / "run", 12) == state_of(tiny_run[0], 12)
     assert rows(tmp_path / "run") == rows(tiny_run[0])
+
+
+def at_step(monkeypatch, at, do):
+    """Has `do()` called once, when the progress of step `at` is shown."""
+    show, todo = metrics.Progress.show, [do]
+
+    def show_then_do(self, step, **values):
+        show(self, step, **values)
+        if step == at and todo:
+            todo.pop()()
+
+    monkeypatch.setattr(metrics.Progress, "show", show_then_do)
+
+
+@pytest.mark.parametrize("harm, message", [
+    (lambda shard: shard.unlink(), "cannot be read any more (No such file or directory); put the file back"),
+    (lambda shard: os.truncate(shard, 100), "has 100 bytes, and had"),   # reading on would be a bus error
+])
+def test_a_data_shard_that_goes_away_is_one_line_and_no_step_is_lost(harm, message, inline, tiny_run, tiny_flags, data,
+                                                                     tmp_path, monkeypatch):
+    there = shutil.copytree(data, tmp_path / "data")
+    shard, = there.glob("train/*.tokens")
+    whole = shard.read_bytes()
+    flags = [*tiny_flags, f"--workdir={tmp_path / 'run'}", f"--config.data.train={there}"]
+    at_step(monkeypatch, 5, lambda: harm(shard))
+    code, _, err = inline("train", *flags)
+    assert code == 2 and str(shard) in err and message in err and err.count("\n") == 1, err
+    assert checkpoint.steps(tmp_path / "run")[-1] > 5
+    shard.write_bytes(whole)
+    code, _, err = inline("train", *flags)
+    assert code == 0, err
+    assert rows(tmp_path / "run") == rows(tiny_run[0]) and state_of(tmp_path / "run", 12) == state_of(tiny_run[0], 12)
+
+
+@pytest.mark.parametrize("removed", ["run", "run/checkpoints"])
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_folder_removed_while_running_is_one_line_and_no_step_is_lost(removed, asynchronous, inline, tiny_run,
+                                                                        tiny_flags, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    flags = [*tiny_flags, f"--workdir={run}", f"--config.checkpoint.asynchronous={asynchronous}",
+             "--config.log.tensorboard=false"]
+    at_step(monkeypatch, 6, lambda: (tmp_path / removed).rename(tmp_path / "aside"))   # at once, whole
+    code, _, err = inline("train", *flags)
+    assert code == 2 and f"{run / 'checkpoints'} was removed while this run was at work" in err, err
+    assert err.count("\n") == 1 and checkpoint.steps(run) == [8]
+    code, out, err = inline("train", *flags)
+    assert code == 0 and "from step 8" in out, err
+    assert state_of(run, 12) == state_of(tiny_run[0], 12)
+
+
+def test_a_bucket_is_refused_before_anything_is_compiled(inline, tiny_flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for flags in (["--workdir=gs://bucket/run"], ["--workdir=s3://bucket/run"],
+                  ["--workdir=run", "--config.checkpoint.continue_from=gs://bucket/run"]):
+        code, _, err = inline("train", *tiny_flags, *flags)
+        assert code == 2 and "://" in err and "is not supported; a run lives in a folder of a mounted" in err, err
+        assert err.count("\n") == 1 and not [p for p in tmp_path.rglob("*") if p.name not in ("run", "lock")]
+    code, _, err = inline("generate", "--workdir=gs://bucket/run", "--prompt=a")
+    assert code == 2 and err.count("\n") == 1, err
+
+
+def test_a_folder_that_cannot_rename_is_refused_at_the_start(inline, tiny_flags, tmp_path, monkeypatch):
+    """As some mounts of buckets: everything works until the first checkpoint is to be committed."""
+    def rename(path, target):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+
+    monkeypatch.setattr(pathlib.Path, "rename", rename)
+    code, _, err = inline("train", *tiny_flags, f"--workdir={tmp_path / 'run'}")
+    assert code == 2 and "run: cannot be used (Operation not permitted" in err and err.count("\n") == 1, err
+    assert not (tmp_path / "run" / "config.json").exists()

@@ -1,7 +1,7 @@
 """Batch t of a run as a pure function of (config, seed, t), and its prefetching by Grain.
 
 The data state of a run is its step: resuming is starting at a step, and any number of hosts see
-the slices of one and the same global batch. Nothing here knows about tokens: records come from
+rows of one and the same global batch. Nothing here knows about tokens: records come from
 sources (`mixture.py`), examples from the objective.
 
 Try:  python -m fm_jax.train --config configs/causal_lm.py:small --workdir runs/x
@@ -28,21 +28,21 @@ class Batches:
     """
 
     def __init__(self, examples, objective, *, batch_size: int, num_batches: int | None, seed: int, train: bool = True,
-                 process_index: int = 0, process_count: int = 1, prefetch_batches: int = 2):
-        """`examples`: a Mixture or InOrder, or what else maps example numbers [n] to records; `train`: Objective's."""
-        if batch_size % process_count:
-            raise UserError(f"--config.batch_size={batch_size} must be a multiple of the {process_count} hosts")
+                 rows=None, prefetch_batches: int = 2):
+        """`examples`: a Mixture or InOrder, or what else maps example numbers [n] to records; `train`: Objective's.
+
+        `rows`: of each batch those that this host reads, int [n]; None: all.
+        """
         self._examples, self._objective, self.num_batches = examples, objective, num_batches
         self._batch_size, self._seed, self._train, self._prefetch = batch_size, seed, train, prefetch_batches
-        share = batch_size // process_count
-        self._slice = np.arange(process_index * share, (process_index + 1) * share)
+        self._rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
 
     def ids(self, step: int) -> np.ndarray:
-        """Returns the global example numbers of this host's part of batch `step`, int64 [n]."""
-        return step * self._batch_size + self._slice
+        """Returns the global example numbers of this host's rows of batch `step`, int64 [n]."""
+        return step * self._batch_size + self._rows
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """Returns this host's part of batch `step`: {name: array [batch_size / process_count, ...]}."""
+        """Returns this host's rows of batch `step`: {name: array [n, ...]}."""
         ids = self.ids(step)
         return self._objective.examples(self._examples[ids], hash_ints(self._seed, ids), self._train)
 
@@ -57,9 +57,8 @@ class Batches:
         return iter(grain.MapDataset.range(start_step, stop).map(self.batch).to_iter_dataset(options))
 
 
-def open_batches(config, objective, *, split: str = "train", process_index: int = 0,
-                 process_count: int = 1) -> Batches:
-    """Returns the run's `Batches`: endless and shuffled, or the held-out data once in order.
+def open_batches(config, objective, *, split: str = "train", rows=None) -> Batches:
+    """Returns the run's `Batches`: endless and shuffled, or the held-out data once in order. `rows`: as there.
 
     Held-out batches end with padding. Where `config.eval.batches` is not 0 they are so many, of rows evenly spaced
     over the whole.
@@ -72,15 +71,14 @@ def open_batches(config, objective, *, split: str = "train", process_index: int 
     train, held_out = mixtures(config)
     mixture = train if split == "train" else held_out
     _check_held_out(train, held_out)
-    rows = [Rows(folder, split, config.seq_len) for folder, _ in mixture]
-    _check_tokenizers(config, rows)
-    shared = dict(batch_size=config.batch_size, process_index=process_index, process_count=process_count,
-                  prefetch_batches=config.data.prefetch_batches)
+    sources = [Rows(folder, split, config.seq_len) for folder, _ in mixture]
+    _check_tokenizers(config, sources)
+    shared = dict(batch_size=config.batch_size, rows=rows, prefetch_batches=config.data.prefetch_batches)
     if split == "validation":
-        examples = InOrder(rows, config.eval.batches * config.batch_size or None)
+        examples = InOrder(sources, config.eval.batches * config.batch_size or None)
         count = -(-len(examples) // config.batch_size)
         return Batches(examples, objective, num_batches=count, seed=_HELD_OUT_SEED, train=False, **shared)
-    examples = Mixture(rows, [weight for _, weight in mixture], config.seed)
+    examples = Mixture(sources, [weight for _, weight in mixture], config.seed)
     if examples.examples_per_epoch < config.batch_size:
         raise UserError(f"--config.data.train={config.data.train} has {examples.examples_per_epoch} rows of "
                         f"{config.seq_len} tokens, fewer than one batch of {config.batch_size}: prepare more text, or "
@@ -144,10 +142,10 @@ def _check_held_out(train, held_out):
                                 f"with the same --validation_frac")
 
 
-def _check_tokenizers(config, rows):
+def _check_tokenizers(config, sources):
     wanted = load_tokenizer(config).fingerprint
     path = config.data.tokenizer or Path(parse_mixture(config.data.train, "data.train")[0][0]) / "tokenizer"
-    for source in rows:
+    for source in sources:
         if source.tokenizer_fingerprint != wanted:
             raise UserError(f"{source.folder} was tokenized with another tokenizer than the run's, {path}: prepare it "
                             f"again with --tokenizer={path}")

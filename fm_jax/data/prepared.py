@@ -227,7 +227,21 @@ class Rows:
         Segments count the documents of a row from 1; padding is segment 0 and token 0.
         """
         start = np.asarray(rows, np.int64) * self.seq_len
+        ends = np.minimum(start + self.seq_len, self.tokens - 1)
+        self._check_files(np.unique(np.searchsorted(self._bounds, [start, ends], "right") - 1))
         return {"tokens": self._read(start), "segment_ids": self._segments(start)}
+
+    def _check_files(self, shards):
+        """Raises UserError where a file is not what it was at the start: reading what it lost is a bus error."""
+        for file in [self._starts, *(self._shards[shard] for shard in shards)]:
+            try:
+                size = os.stat(file.filename).st_size
+            except OSError as error:
+                raise UserError(f"{file.filename}: cannot be read any more ({error.strerror}); put the file back, and "
+                                "the same command continues") from error
+            if size < file.nbytes:
+                raise UserError(f"{file.filename}: has {size} bytes, and had {file.nbytes} when the run began; put the "
+                                "file back, and the same command continues")
 
     def _read(self, start):
         out = np.zeros((len(start), self.seq_len + 1), np.int32)

@@ -7,8 +7,10 @@ import collections
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 
+from fm_jax import distributed
 from fm_jax.decode import Completion
 from fm_jax.errors import UserError
 from fm_jax.scoring import Score
@@ -28,6 +30,7 @@ class Journal:
         self._lm, self._path = lm, Path(path)
         first = json.dumps(settings, sort_keys=True)
         lines = self._path.read_text().splitlines() if self._path.is_file() else []
+        distributed.agree(lines, self._path)
         self._kept = collections.deque()
         for line in lines[1:] if lines[:1] == [first] else ():
             try:
@@ -58,7 +61,8 @@ class Journal:
 
     def remove(self) -> None:
         """Returns nothing; removes the file: what it is for is done."""
-        self._path.unlink()
+        if jax.process_index() == 0:
+            self._path.unlink()
 
     def _answers(self, requests, size, ask):
         """Returns the answers to all requests; `ask`: function of (a piece of them, the place of its first)."""
@@ -73,6 +77,8 @@ class Journal:
         return out
 
     def _write(self, mode, *lines):
+        if jax.process_index() != 0:   # all have the same answers, and one writes them
+            return
         try:
             with open(self._path, mode) as file:
                 file.writelines(line + "\n" for line in lines)
