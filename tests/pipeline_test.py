@@ -176,6 +176,13 @@ def test_what_cannot_be_cut_is_refused_before_compiling(mesh, changes, message):
         make(mesh, **changes)
 
 
+def test_rows_that_do_not_fill_the_microbatches_are_refused():
+    objective = make(dict(stage=4), **{"model.pipeline_microbatches": 8}).objective
+    shapes = jax.eval_shape(lambda: sharding.unbox(objective.init(jax.random.key(0)))[0])
+    with pytest.raises(UserError, match="a pipeline of 8 microbatches .*multiple of 8 rows, not 12"):
+        jax.eval_shape(lambda p: objective.hidden(p, jnp.zeros((12, 4), jnp.int32)), shapes)
+
+
 def test_a_pipeline_does_not_decode_or_score():
     objective, tokens = make(dict(stage=2)).objective, jnp.zeros((2, 4), jnp.int32)
     shapes = jax.eval_shape(lambda: sharding.unbox(objective.init(jax.random.key(0)))[0])
