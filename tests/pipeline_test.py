@@ -110,6 +110,8 @@ CASES = {
     "stages and tensor": (dict(stage=4, tensor=2), {}, {}),
     "context and tensor, dropout": (dict(stage=2, context=2, tensor=2), {"model.pipeline_microbatches": 4},
                                     {"model.dropout": 0.2}),
+    "experts": (dict(stage=2, expert=2), {"model.pipeline_repeats": 2},
+                {"model.num_experts": 4, "objective_args.load_balance_loss": 0.1, "objective_args.router_z_loss": 0.01}),
     "block inputs on the host": (dict(stage=4), {"model.remat": "offload_full"}, {}),
     "projections on the host": (dict(stage=2, fsdp=2), {"model.remat": "offload_dots"}, {}),
 }
