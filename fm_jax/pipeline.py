@@ -102,9 +102,10 @@ def through_layers(group, layers, x_BTD, per_row, s: Schedule, layout: Layout, p
     of some rows; its layout leaves out `stage`. layers: arrays [L, ...]. per_row: a tree of arrays [B, ...], of which
     the group gets the rows of its x. policy: of a step's remat, see `keeping`.
     """
-    check_rows = layout.batch_parts // s.stages * s.microbatches
-    if x_BTD.shape[0] % check_rows:
-        raise UserError(f"a batch of {x_BTD.shape[0]} rows on a pipeline must be a multiple of {check_rows}")
+    multiple = layout.batch_parts // s.stages * s.microbatches
+    if x_BTD.shape[0] % multiple:
+        raise UserError(f"a pipeline of {s.microbatches} microbatches on {layout.batch_parts} parts of a batch takes a "
+                        f"multiple of {multiple} rows, not {x_BTD.shape[0]}")
     split, join = _cut(s, layout)
     here = PartitionSpec(AXIS)
 

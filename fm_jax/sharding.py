@@ -217,7 +217,7 @@ def abstract_mesh(sizes, devices: int | None = None) -> AbstractMesh:
 
 
 def bytes_per_device(abstract) -> int:
-    """Returns the bytes that each device holds of a tree of shape structs with shardings, none of what is on the host."""
+    """Returns the bytes that each device holds of a tree of shape structs with shardings. The host's do not count."""
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(abstract)
                if a.sharding.memory_kind != HOST)
 

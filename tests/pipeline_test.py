@@ -110,6 +110,8 @@ CASES = {
     "stages and tensor": (dict(stage=4, tensor=2), {}, {}),
     "context and tensor, dropout": (dict(stage=2, context=2, tensor=2), {"model.pipeline_microbatches": 4},
                                     {"model.dropout": 0.2}),
+    "experts": (dict(stage=2, expert=2), {"model.pipeline_repeats": 2},
+                {"model.num_experts": 4, "objective_args.load_balance_loss": 0.1, "objective_args.router_z_loss": 0.01}),
     "block inputs on the host": (dict(stage=4), {"model.remat": "offload_full"}, {}),
     "projections on the host": (dict(stage=2, fsdp=2), {"model.remat": "offload_dots"}, {}),
 }
@@ -174,6 +176,13 @@ def test_a_train_step_is_that_of_one_device():
 def test_what_cannot_be_cut_is_refused_before_compiling(mesh, changes, message):
     with pytest.raises(UserError, match=message):
         make(mesh, **changes)
+
+
+def test_rows_that_do_not_fill_the_microbatches_are_refused():
+    objective = make(dict(stage=4), **{"model.pipeline_microbatches": 8}).objective
+    shapes = jax.eval_shape(lambda: sharding.unbox(objective.init(jax.random.key(0)))[0])
+    with pytest.raises(UserError, match="a pipeline of 8 microbatches .*multiple of 8 rows, not 12"):
+        jax.eval_shape(lambda p: objective.hidden(p, jnp.zeros((12, 4), jnp.int32)), shapes)
 
 
 def test_a_pipeline_does_not_decode_or_score():
