@@ -33,7 +33,8 @@ def get_config(size: str = "small"):
     c.data.train = "data/english"
     # c.objective_args: z_loss (0), fim_rate (0), fim_spm_rate (0.5); see fm_jax/objectives/causal_lm.py.
     if size == "tiny":
-        c.model.update(vocab_size=512, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=4, mlp_dim=64, max_seq_len=64)
+        c.model.update(vocab_size=512, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=4, mlp_dim=64,
+                       max_seq_len=64)
         c.steps, c.batch_size, c.seq_len, c.log.every = 20, 8, 64, 5
     elif size == "small":
         c.model.update(vocab_size=4096, num_layers=4, embed_dim=256, num_heads=4, max_seq_len=256, qk_norm="head")

@@ -96,7 +96,7 @@ class Architecture:
                                         # offload_dots: keep the former, or the latter, in the host's memory
     scan_layers: bool = True            # one compiled block; False unrolls: slower to compile, faster on CPU
     pipeline_microbatches: int = 0      # of a batch, on a mesh with stages; 0: as many as stages. More: less idle time
-    pipeline_repeats: int = 1           # rounds of a microbatch through the stages, some layers each: less idle time too
+    pipeline_repeats: int = 1           # rounds of a microbatch through the stages, some layers each: the same
     attention_kernel: str = "auto"      # see kernels.py
     loss_chunk_tokens: int = 1024       # cross-entropy makes logits of so many tokens at once
 

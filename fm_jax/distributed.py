@@ -15,7 +15,8 @@ However a process ends, the others end too, and say which it was:
     it hangs                                   after config.health.hang_timeout_s, by its own `Watchdog`
     before all have met                        after START_TIMEOUT_S
 
-On the last checkpoint the same command goes on. Exit codes: 2 a mistake to mend, LOST another process was lost, HUNG.
+On the last checkpoint the same command goes on. Exit codes: 0 done, 2 a mistake to mend, AGAIN the run was stopped and
+saved or another process was lost, HUNG.
 """
 
 import contextlib
@@ -39,7 +40,9 @@ from fm_jax.errors import UserError
 
 HEARTBEAT_TIMEOUT_S = 60    # jax's default is 100; a host whose network pauses for a minute costs a restart
 START_TIMEOUT_S = 300       # how long the processes wait for each other at the start
-LOST = 75                   # exit code, EX_TEMPFAIL of sysexits.h: the same command again continues the run
+# The exit code where the same command again continues the run, EX_TEMPFAIL of sysexits.h: a scheduler that saw 0 would
+# take a preempted run for a finished one. By it launch/ knows to start again.
+AGAIN = 75
 HUNG = 70                   # exit code, EX_SOFTWARE
 
 
@@ -190,6 +193,11 @@ def processes(args):
     peers = _start(place)
     try:
         yield peers
+    except SystemExit as end:
+        if end.code != AGAIN:   # all of them were stopped at the same step, and end in their own time
+            peers.fail(end)
+        peers.bye()
+        raise
     except BaseException as error:
         peers.fail(error)
     peers.bye()
@@ -353,7 +361,7 @@ class Peers:
         self._tell(f"lost {number} {name}", but=number)
         print(f"process {number} of {self._count} (host {name}) is lost: it was killed, or its machine is gone; this "
               "process ends too, and the same command continues from the last checkpoint", file=sys.stderr)
-        self._exit(LOST)
+        self._exit(AGAIN)
 
     def _exit(self, code):
         for out in (sys.stdout, sys.stderr):

@@ -709,7 +709,7 @@ def check(arch: Architecture, length: int, layout: Layout) -> None:
     ring.check(length, layout)
     if arch.attention_kernel != "auto":
         raise UserError(f"model.attention_kernel={arch.attention_kernel!r}: sequences that mesh.context="
-                        f"{layout.mesh.shape['context']} cuts have a kernel of their own; set 'auto', or mesh.context=1")
+                        f"{layout.mesh.shape['context']} cuts have their own kernel; set 'auto', or mesh.context=1")
     if arch.capacity_factor:
         raise UserError(f"model.capacity_factor={arch.capacity_factor}: the room of an expert is shared by a whole "
                         f"row, which mesh.context={layout.mesh.shape['context']} cuts; set capacity_factor=0, or "

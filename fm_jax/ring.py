@@ -4,9 +4,9 @@ Keys and values go round a ring of n devices; each device attends to what it hol
 softmax (ring attention, arXiv:2310.01889), backward as forward. A causal query sees half of the keys on average, but
 the first tokens of a sequence few and the last ones all of them. So that every device has equal work, a sequence is
 dealt in 2n chunks, device d getting chunks d and 2n - 1 - d ("zigzag"): `deal` and `collect` are that exchange, which
-`model.Transformer` makes on entry and on exit, so that no caller sees it. Of the four pairs of query and key chunks that
-meet in a device at a step, those that the mask hides whole are not computed: of a causal mask two remain, of a window
-fewer.
+`model.Transformer` makes on entry and on exit, so that no caller sees it. Of the four pairs of query and key chunks
+that meet in a device at a step, those that the mask hides whole are not computed: of a causal mask two remain, of a
+window fewer.
 """
 
 import functools
@@ -25,8 +25,8 @@ def check(length: int, layout: Layout) -> None:
     """Raises UserError where sequences of `length` cannot be cut among the devices of `context`."""
     n = layout.mesh.shape[AXIS]
     if length % (2 * n):
-        raise UserError(f"mesh.context={n} cuts a sequence into {2 * n} chunks, which {length} tokens do not give; make "
-                        f"--config.seq_len a multiple of {2 * n}, or --config.mesh.context smaller")
+        raise UserError(f"mesh.context={n} cuts a sequence into {2 * n} chunks, which {length} tokens do not give; "
+                        f"make --config.seq_len a multiple of {2 * n}, or --config.mesh.context smaller")
 
 
 # --- who has which tokens -------------------------------------------------------------------------------------------
@@ -80,8 +80,8 @@ def attention(q_BTKGH, k_BTKH, v_BTKH, mask: kernels.Mask, layout: Layout, *, sc
       UserError: a mask with index arrays (a cache, trees).
     """
     if any(a is not None for a in (mask.q_index_BT, mask.k_index_BS, mask.k_first_BS)):
-        raise UserError(f"mesh.{AXIS}={layout.mesh.shape[AXIS]}: caches and trees of tokens are of whole sequences; use a "
-                        f"mesh with {AXIS}=1")
+        raise UserError(f"mesh.{AXIS}={layout.mesh.shape[AXIS]}: caches and trees of tokens are of whole sequences; use "
+                        f"a mesh with {AXIS}=1")
     specs = lambda *axes: layout.spec(axes, activation=True)
     kv = specs("batch", "length", "kv_heads", "head")
     q = specs("batch", "length", "kv_heads", "groups", "head")

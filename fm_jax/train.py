@@ -20,17 +20,13 @@ from fm_jax import config as config_lib
 from fm_jax import distributed
 from fm_jax.errors import UserError, choose
 
-# The exit code after SIGTERM: saved, not done. A scheduler that saw 0 would take a preempted run for a finished one; by
-# this one launch/ knows to start it again. It is EX_TEMPFAIL of sysexits.h.
-STOPPED = 75
-
 
 def train(config, workdir, *, profile_steps: int = 0, peers: distributed.Peers | None = None) -> dict[str, float]:
     """Returns the last validation metrics of the run of `config`, trained in `workdir` to its end; {} without any.
 
-    SIGTERM saves at the next step boundary and exits with STOPPED; so does SIGINT (Ctrl-C), which then raises
-    KeyboardInterrupt; a second SIGINT does so at once. Of several processes, whichever gets the signal, all do so at the
-    same step. From the signal to the end take the steps under way, two seconds of several processes' agreement, and one
+    SIGTERM saves at the next step boundary and exits with distributed.AGAIN; so does SIGINT (Ctrl-C), which then
+    raises KeyboardInterrupt; a second SIGINT does so at once. Of several processes, whichever gets the signal, all do
+    so at the same step. From the signal to the end take the steps under way, two seconds of several processes' agreement, and one
     save.
 
     profile_steps: trace so many steps, from the tenth after the start or the last ones, into `workdir`/profile.
@@ -182,7 +178,7 @@ def train(config, workdir, *, profile_steps: int = 0, peers: distributed.Peers |
         # What called this, a script or a notebook, is meant to stop as well.
         if stop.by == "SIGINT":
             raise KeyboardInterrupt
-        raise SystemExit(STOPPED)
+        raise SystemExit(distributed.AGAIN)
     return last
 
 

@@ -185,7 +185,7 @@ def test_a_step_that_is_not_finite_changes_nothing_nor_do_the_next(watched, wher
     state, _ = watched.train_step(watched.init(), watched.place(good), 0)
     bad = {**after, "weights": np.full_like(after["weights"], np.nan)} if where == "batch" else after
     if where == "parameter":
-        broken = state.params["embed"]["tokens"].at[3, 5].set(jnp.inf)
+        broken = state.params["embed"]["tokens"].at[after["tokens"][0, 0], 5].set(jnp.inf)
         state = state.replace(params={**state.params, "embed": {**state.params["embed"], "tokens": broken}})
     before = host(state)
     state, metrics = watched.train_step(state, watched.place(bad), 1)

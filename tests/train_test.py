@@ -134,7 +134,7 @@ def test_a_run_stopped_in_every_way_ends_as_one_that_was_not(tiny_run, tiny_flag
     flags = [*tiny_flags, "--workdir=run"]   # relative, as people write it
     # The signal comes when the values of a step are shown: one step late, or at once where a validation waits for them.
     result = signalled("SIGTERM", 2, *flags, cwd=tmp_path)
-    assert result.returncode == train_lib.STOPPED == 75, result.stderr   # what launch/ takes for: start it again
+    assert result.returncode == distributed.AGAIN == 75, result.stderr   # what launch/ takes for: start it again
     assert "stopped by SIGTERM after step 3, which is saved; the same command continues from there" in result.stdout
     assert checkpoint.steps(tmp_path / "run") == [3]
     result = signalled("SIGINT", 6, *flags, cwd=tmp_path)

@@ -316,8 +316,8 @@ class _Spool:
         empty = "train" if not self.counts["train"] else "validation"
         if not self.counts[empty] and validation_frac != {"train": 1, "validation": 0}[empty]:
             raise UserError(f"{names}: none of {sum(self.counts.values())} documents falls into the {empty} split with "
-                            f"--validation_frac={validation_frac}: change it (0: hold out nothing, 1: everything), or cut "
-                            f"the text into more documents (--document_separator)")
+                            f"--validation_frac={validation_frac}: change it (0: hold out nothing, 1: everything), or "
+                            f"cut the text into more documents (--document_separator)")
 
     def documents(self, split):
         """Yields (digest, UTF-8 bytes) of the split's distinct documents in order."""

@@ -172,7 +172,7 @@ class CausalLM:
         return hidden, taps
 
     def score(self, params, hidden_PD, rows_N, targets_N):
-        """Returns float32 (log-probability [N] of each target after hidden state `rows_N`, 1 where none is likelier)."""
+        """Returns float32 (log-probability [N] of each target after hidden state `rows_N`, 1 if none is likelier)."""
         logits_PV = self.module.apply({"params": params}, hidden_PD[None], method="logits")[0]
         top_P = logits_PV.max(-1)
         lse_P = top_P + jnp.log(jnp.exp(logits_PV - top_P[:, None]).sum(-1))
