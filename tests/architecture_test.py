@@ -17,11 +17,11 @@ PACKAGE = ROOT / "fm_jax"
 # A module imports modules of layers below its own, and of its own layer only as SAME_LAYER says. "data" stands for
 # data/ and all in it. A new module takes its place here.
 LAYERS = (
-    ("errors", "architecture", "config", "tree", "sharding"),
+    ("errors", "architecture", "config", "tree", "sharding", "hlo"),
     ("kernels", "model", "frontends", "tokenizer"),
     ("objectives", "data", "optim", "checkpoint", "metrics", "gguf"),
-    ("decode", "hf", "scoring", "step"),
-    ("pretrained", "evals", "engine"),
+    ("decode", "hf", "scoring", "step", "topology"),
+    ("pretrained", "evals", "engine", "roofline"),
     ("train", "evaluate", "generate", "serve", "lm_eval", "plan", "benchmark", "prepare", "report", "convert"),
 )
 SAME_LAYER = {

@@ -1,0 +1,178 @@
+"""What a compiled program does between devices, and how long its compiler thinks the rest takes: read from HLO text.
+
+Layer 0: text in, figures out. `compiled.as_text()` is the one description of a program that every backend gives;
+`cost_analysis()` counts the body of a loop once, so a model of scanned layers looks as large as one of them.
+
+    for c in hlo.collectives(compiled.as_text(), mesh.shape): ...
+"""
+
+import collections
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+         "collective-broadcast")
+_BITS = dict(pred=8, s2=2, u2=2, s4=4, u4=4, s8=8, u8=8, s16=16, u16=16, bf16=16, f16=16, s32=32, u32=32, f32=32,
+             s64=64, u64=64, f64=64, c64=64, c128=128)
+_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{")
+_OP = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
+_CALLED = re.compile(r"(?:calls|to_apply|called_computations|branch_computations|true_computation|false_computation)="
+                     r"(\{[^}]*\}|%?[\w.\-]+)")
+_UNKNOWN_CYCLES = 10 ** 12   # the compiler writes the largest integer where it has no estimate
+
+
+class Collective(NamedTuple):
+    """One collective operation of a program.
+
+    nbytes: of the whole array on one device each time: what is gathered, reduced (before it is scattered) or sent.
+    times: how often a run of the program does it. overlapped: other work goes on between its start and its end.
+    """
+
+    kind: str
+    axes: tuple[str, ...]   # of the mesh, along which the devices of a group differ
+    nbytes: float
+    times: int
+    overlapped: bool
+
+
+class Op(NamedTuple):
+    shape: str
+    name: str
+    rest: str      # operands and attributes
+
+
+def collectives(text: str, mesh_shape: dict[str, int]) -> list[Collective]:
+    """Returns the collectives of a compiled program that is partitioned over a mesh of this shape."""
+    computations, entry = _computations(text)
+    times = _times(computations, entry)
+    behind = _asynchronous(computations)
+    out = []
+    for name, ops in computations.items():
+        targets = " ".join(op.rest for op in ops if op.name == "custom-call")
+        # A TPU's fused asynchronous collective: its start, its steps and its end each repeat the operation.
+        starts = "AsyncCollectiveStart" in targets
+        fused = starts or "async_collective" in name or "AsyncCollectiveDone" in targets
+        for op in ops:
+            kind = op.name.removesuffix("-start")
+            if kind not in KINDS or not times[name] or (fused and not starts):
+                continue
+            group, axes = _group(op.rest, mesh_shape)
+            if group == 1:
+                continue
+            overlapped = fused or name in behind or op.name.endswith("-start") or "async_collective_name=" in op.rest
+            out.append(Collective(kind, axes, _bytes(op, kind, group), times[name], overlapped))
+    return out
+
+
+def cycles(text: str) -> int:
+    """Returns the compiler's own estimate of a TPU program's cycles, loops counted; 0 where it wrote none.
+
+    Without collectives, and without Pallas kernels, for which it has no estimate.
+    """
+    computations, entry = _computations(text)
+    times, total = _times(computations, entry), 0
+    for name, ops in computations.items():
+        for op in ops:
+            found = re.search(r'"estimated_cycles":"(\d+)"', op.rest)
+            if found and op.name.removesuffix("-start").removesuffix("-done") not in KINDS:
+                total += (int(found[1]) if int(found[1]) < _UNKNOWN_CYCLES else 0) * times[name]
+    return total
+
+
+def kernels(text: str) -> int:
+    """Returns how often a run of a TPU program calls Pallas kernels."""
+    computations, entry = _computations(text)
+    times = _times(computations, entry)
+    return sum(times[name] for name, ops in computations.items() for op in ops
+               if 'custom_call_target="tpu_custom_call"' in op.rest)
+
+
+def _computations(text):
+    """Returns ({name: its Ops}, name of the entry)."""
+    found, here, entry = {}, None, None
+    for line in text.splitlines():
+        if line[:1].strip():
+            if match := _COMPUTATION.match(line):
+                here = found[match[2]] = []
+                entry = match[2] if match[1] else entry
+        elif here is not None and (match := _OP.match(line)):
+            here.append(Op(*match.groups()))
+    return found, entry
+
+
+def _times(computations, entry):
+    """Returns {computation: how often it runs in one run of the program}."""
+    called = collections.defaultdict(list)
+    for name, ops in computations.items():
+        for op in ops:
+            if op.name == "while":
+                body = re.search(r"body=%?([\w.\-]+)", op.rest)[1]
+                called[name].append((body, _trips(op, computations)))
+                continue
+            for match in _CALLED.finditer(op.rest):
+                called[name] += [(other, 1) for other in re.findall(r"[\w.\-]+", match[1]) if other in computations]
+    times = collections.Counter()
+
+    def run(name, n):
+        times[name] += n
+        for other, m in called[name]:
+            run(other, n * m)
+
+    run(entry, 1)
+    return times
+
+
+def _trips(loop, computations):
+    """Returns how often a loop runs: known to the compiler, or the one constant of its condition; 1 where neither."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+        return int(known[1])
+    condition = computations.get(re.search(r"condition=%?([\w.\-]+)", loop.rest)[1], [])
+    constants = [int(match[1]) for op in condition if op.name == "constant"
+                 and (match := re.match(r"(\d+)\)", op.rest))]
+    return constants[0] if len(constants) == 1 else 1
+
+
+def _asynchronous(computations):
+    """Returns the computations that an async-start runs beside others."""
+    return {other for ops in computations.values() for op in ops if op.name == "async-start"
+            for match in _CALLED.finditer(op.rest) for other in re.findall(r"[\w.\-]+", match[1])}
+
+
+def _bytes(op, kind, group):
+    sizes = [(kind_, math.prod(map(int, filter(None, dims.split(",")))) * bits / 8)
+             for kind_, dims in _SHAPE.findall(op.shape)
+             if (bits := _BITS.get(kind_, 8 if kind_.startswith("f8") else 4 if kind_.startswith("f4") else 0))]
+    if op.name == "collective-permute-start":   # operand, result, two counters
+        sizes = [s for s in sizes if s[0] not in ("u32", "s32")] or sizes
+        return sum(b for _, b in sizes) / 2
+    total = sum(b for _, b in sizes)
+    if op.name == "all-gather-start":           # operands and what is gathered of them
+        return total * group / (group + 1)
+    return total * group if kind == "reduce-scatter" else total
+
+
+def _group(rest, mesh_shape):
+    """Returns (devices in a group, mesh axes along which they differ)."""
+    sizes, names = tuple(mesh_shape.values()), tuple(mesh_shape)
+    count = math.prod(sizes)
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        groups, size, dims = int(match[1]), int(match[2]), [int(d) for d in match[3].split(",")]
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        ids = ids.transpose([int(d) for d in match[4].split(",")]) if match[4] else ids
+        member = ids.reshape(groups, size)[0]
+    elif match := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
+        pairs = np.array([[int(x) for x in p] for p in re.findall(r"\{(\d+),(\d+)\}", rest.partition(
+            "source_target_pairs=")[2].partition("}}")[0] + "}")])
+        at = np.array(np.unravel_index(pairs, sizes))
+        axes = tuple(name for name, a in zip(names, at) if (a[:, 0] != a[:, 1]).any())
+        return (math.prod(mesh_shape[a] for a in axes), axes) if axes else (1, ())
+    elif match := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        member = np.array([int(d) for d in match[1].split(",")])
+    else:                                       # replica_groups={}: all
+        member = np.arange(count)
+    at = np.unravel_index(member, sizes)
+    return len(member), tuple(name for name, a in zip(names, at) if len(set(a.tolist())) > 1)
