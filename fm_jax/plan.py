@@ -289,8 +289,8 @@ def describe(r, price=None) -> str:
     if r["source"].endswith("refuses"):
         lines[-1] += "    (analytic model)"
         lines.append("  no time without a program: more devices, more microbatches, or --search")
-    lines += [f"  FLOPs per step        {quantity(r['flops_per_step'])}  (forward and backward, causal attention at half, "
-              "no recomputation)",
+    lines += [f"  FLOPs per step        {quantity(r['flops_per_step'])}  (forward and backward, causal attention at "
+              "half, no recomputation)",
               f"    done                {quantity(r['executed_flops_per_step'])}  (with recomputation"
               + (f"; {quantity(r['jaxpr_flops_per_step'])} counted in the traced program)"
                  if "jaxpr_flops_per_step" in r else ")")]
@@ -313,21 +313,22 @@ def describe(r, price=None) -> str:
     return "\n".join(lines)
 
 
-def ranking(results, price=None) -> str:
-    """Returns the results of `search` as a table."""
+def ranking(results, price=None, most: int = 20) -> str:
+    """Returns the first `most` results of `search` as a table."""
+    from fm_jax.metrics import quantity
+
     head = f"{'mesh':<34}{'remat':<7}{'micro':>6}{'free GiB':>10}{'step s':>9}{'MFU':>7}{'tokens/day':>12}"
     head += f"{'run costs':>14}" if price is not None else ""
     rows = []
-    from fm_jax.metrics import quantity
-
-    for r in results:
+    for r in results[:most]:
         step, mfu, tokens = ((f"{r['seconds']['step']:.3f}", f"{r['mfu']:.1%}", quantity(r["tokens_per_day"]))
                              if r["seconds"] else ("-",) * 3)
         cost = f"{r['run_chip_hours'] * price:,.0f}" if price is not None and r["run_chip_hours"] else "-"
         rows.append(f"{r['mesh']:<34}{r['remat']:<7}{r['accumulation_steps']:>6}{r['free_bytes'] / GIB:>10.2f}{step:>9}"
                     f"{mfu:>7}{tokens:>12}" + (f"{cost:>14}" if price is not None else "")
                     + f"  {r['source']}" + ("" if r["fits"] else ", does not fit"))
-    return "\n".join([head, *rows])
+    more = [f"and {len(results) - most} more (--output has them)"] if len(results) > most else []
+    return "\n".join([head, *rows, *more])
 
 
 def _decode_text(arch, topology, length):
@@ -434,8 +435,8 @@ def _main_on_topology(args, named):
 
 def quiet_compilers():
     """Returns nothing; sets, before jax is imported, what keeps the compilers from looking for chips."""
-    # JAX's own arrays stay on the CPU. libtpu asks a metadata server and other processes unless told, and cannot read an
-    # entry of the compilation cache back.
+    # JAX's own arrays stay on the CPU. libtpu asks a metadata server and other processes unless told, and cannot read
+    # an entry of the compilation cache back.
     for name, value in {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
                         "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
         os.environ.setdefault(name, value)

@@ -177,8 +177,8 @@ def arrange(shape, devices) -> np.ndarray:
     if len(slices) == 1:
         return within(devices, shape)
     if len(slices) != shape[0]:
-        raise UserError(f"mesh {_text(shape)}: its axis {MESH_AXES[0]!r} is for what a slow network joins, and the devices "
-                        f"are of {len(slices)} slices; set --config.mesh.{MESH_AXES[0]}={len(slices)}")
+        raise UserError(f"mesh {_text(shape)}: its axis {MESH_AXES[0]!r} is for what a slow network joins, and the "
+                        f"devices are of {len(slices)} slices; set --config.mesh.{MESH_AXES[0]}={len(slices)}")
     return np.concatenate([within([d for d in devices if d.slice_index == s], (1, *shape[1:])) for s in slices])
 
 

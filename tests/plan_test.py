@@ -150,7 +150,8 @@ def test_the_real_compiler(tmp_path):
     by the mesh's axes; one too large for the chip is refused with by how much."""
     run = lambda *flags: subprocess.run([sys.executable, "-m", "fm_jax.plan", *flags], capture_output=True, text=True,
                                         timeout=300)
-    done = run(f"--config={CONFIG}:tiny", "--topology=v5e:2x2", "--mesh=fsdp=2,tensor=2",
+    wide = ("--config.model.embed_dim=512", "--config.model.mlp_dim=1024", "--config.model.vocab_size=4096")
+    done = run(f"--config={CONFIG}:tiny", "--topology=v5e:2x2", "--mesh=fsdp=2,tensor=2", *wide,   # padded little
                f"--output={tmp_path / 'x.json'}")
     assert done.returncode == 0, done.stderr
     r = json.loads((tmp_path / "x.json").read_text())
