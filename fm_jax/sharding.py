@@ -173,13 +173,18 @@ def arrange(shape, devices) -> np.ndarray:
                 if split:
                     raise
 
-    slices = sorted({d.slice_index for d in devices}) if devices[0].platform == "tpu" else [0]
+    slices = sorted({slice_of(d) for d in devices}) if devices[0].platform == "tpu" else [0]
     if len(slices) == 1:
         return within(devices, shape)
     if len(slices) != shape[0]:
         raise UserError(f"mesh {_text(shape)}: its axis {MESH_AXES[0]!r} is for what a slow network joins, and the "
                         f"devices are of {len(slices)} slices; set --config.mesh.{MESH_AXES[0]}={len(slices)}")
-    return np.concatenate([within([d for d in devices if d.slice_index == s], (1, *shape[1:])) for s in slices])
+    return np.concatenate([within([d for d in devices if slice_of(d) == s], (1, *shape[1:])) for s in slices])
+
+
+def slice_of(device) -> int:
+    """Returns the number of a TPU's slice; 0 where there is but one, whose devices do not say."""
+    return getattr(device, "slice_index", 0)
 
 
 def _shape(sizes, devices: int | None, where: str) -> tuple[int, ...]:

@@ -184,7 +184,7 @@ class Topology:
     def links(self, mesh: np.ndarray, axes: tuple[int, ...]) -> Links:
         """Returns how the devices of a mesh (an array of devices or Places) are joined along some of its axes."""
         group = mesh[tuple(slice(None) if i in axes else 0 for i in range(mesh.ndim))].ravel()
-        island = {d.process_index if self.gpu else d.slice_index for d in group}
+        island = {d.process_index if self.gpu else sharding.slice_of(d) for d in group}
         inner = len(group) // len(island)
         if self.gpu:
             return Links(inner, self.chip.link_bytes_per_s, 4, len(island), self.chip.network_bytes_per_s)

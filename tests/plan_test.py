@@ -176,7 +176,7 @@ for name, slices, sizes in (("v5e:16x16", 1, dict(fsdp=64, tensor=4)), ("v5p:4x4
                             ("v4:2x2x2", 1, dict(fsdp=8)), ("v6e:2x4", 1, dict(data=2, tensor=4)),
                             ("tpu7x:4x4x4", 1, dict(fsdp=128)), ("v5e:4x4", 2, dict(slice=2, fsdp=16))):
     top = topology.parse(name, slices)
-    where = lambda d: (d.slice_index, tuple(d.coords), d.core_on_chip)
+    where = lambda d: (sharding.slice_of(d), tuple(d.coords), d.core_on_chip)
     real = sharding.make_mesh(sizes, top.devices()).devices
     places = sharding.arrange(sharding.abstract_mesh(sizes).axis_sizes, top.places())
     assert real.flat[0].device_kind == top.chip.kind, (name, real.flat[0].device_kind)
