@@ -162,7 +162,7 @@ def _compiled(program, topology, guess) -> dict:
         if hlo.kernels(text):   # no cycles are known of them: attention, at the efficiency of the analytic model
             a = Architecture(**config.model.to_dict())
             done = config.batch_size * config.seq_len * roofline.attention_flops_per_token(a, config.seq_len)
-            seconds["kernels"] = done / topology.num_devices / chip.peak_flops / roofline.EFFICIENCY
+            seconds["kernels"] = done / topology.num_devices / chip.peak_flops / chip.efficiency
     else:                       # a GPU's compiler counts none
         seconds |= {key: guess.seconds[key] for key in ("compute", "memory")}
     busy = max(seconds["compute"], seconds.get("memory", 0)) + seconds.get("kernels", 0)

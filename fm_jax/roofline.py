@@ -17,10 +17,6 @@ from fm_jax.architecture import Architecture
 from fm_jax.errors import choose
 from fm_jax.topology import Topology
 
-# Of the peak, what the busy part of a step reaches: matrix products below their best shape, and the elementwise work
-# that no product hides. The one fitted number: the median over `tests/peers/plan_error.py`, 2026-11.
-EFFICIENCY = 0.8
-
 
 def saved_widths(a: Architecture) -> dict[str, tuple[int, int]]:
     """Returns {remat policy: (channels cut by `between`, channels cut by `tensor`)} that a layer keeps of a token."""
@@ -92,7 +88,7 @@ def train(config, state, axes, sizes: dict[str, int], topology: Topology) -> Est
     traffic = acc * (2 * passes * gathered + layers * tokens * whole * (passes + 2)) + 2 * sum(
         sizes_[part] for part in ("parameters", "optimizer", "ema")) + 2 * held
     bubble = 1 + (n["stage"] - 1) / acc
-    seconds["compute"] = bubble * flops / topology.num_devices / (topology.chip.peak_flops * EFFICIENCY)
+    seconds["compute"] = bubble * flops / topology.num_devices / (topology.chip.peak_flops * topology.chip.efficiency)
     seconds["memory"] = bubble * traffic / topology.chip.memory_bytes_per_s
     return Estimate({k: int(v) for k, v in sizes_.items()}, free >= 0, int(free), flops, moved, seconds | {
         "step": step_seconds(max(seconds["compute"], seconds["memory"]), seconds)})
@@ -104,8 +100,11 @@ def step_seconds(busy: float, seconds: dict[str, float]) -> float:
 
 
 def executed_flops_per_token(a: Architecture, seq_len: int) -> float:
-    """Returns the FLOPs done for a token in training, what is computed twice included."""
-    layers = a.matmul_param_count() - a.vocab_size * a.embed_dim
+    """Returns the FLOPs done for a token in training, what is computed twice included.
+
+    Of a layer made again, the last product is not: nothing in the backward pass needs what it gives.
+    """
+    layers = a.matmul_param_count() - a.vocab_size * a.embed_dim - a.num_layers * a.embed_dim * a.mlp_dim
     return (6.0 * a.matmul_param_count() + attention_flops_per_token(a, seq_len)
             + (2.0 * layers if a.remat == "full" else 0))
 

@@ -29,6 +29,9 @@ class Chip:
 
     link_bytes_per_s: one way. Of a TPU: one of its links, two to a dimension; of a GPU: all of its NVLink.
     network_bytes_per_s: one way, this device's share of its host's network, between slices or GPU hosts.
+    efficiency: of its peak, what the busy part of a training step reaches: products below their best shape, and work
+    that no product hides. Fitted to published figures by `tests/peers/plan_error.py`, 2026-11; of tpu7x, a100, h200
+    and b200 there were none, and they have their neighbours'.
     clock_hz: what the compiler's cycles are of; its peak FLOP/s over the products of its matrix units a cycle.
     """
 
@@ -37,6 +40,7 @@ class Chip:
     memory_bytes_per_s: float
     link_bytes_per_s: float
     network_bytes_per_s: float
+    efficiency: float
     dims: int                  # of a slice's shape
     most_chips: int = 0        # in a slice
     clock_hz: float = 0.0
@@ -56,15 +60,15 @@ _GIB = 2 ** 30
 # host of 4, jax-ml.github.io/scaling-book/tpus. Memory: what libtpu 0.0.42 says a program exceeded when it did. GPU:
 # NVIDIA's data sheets (A100 80GB, H100 SXM, H200 SXM, HGX B200); networks as in its DGX systems, one port a GPU.
 CHIPS = {
-    "v4": Chip("TPU v4", int(30.75 * _GIB), 1.228e12, 50e9, 6.25e9, 3, 4096, 1.05e9),
-    "v5e": Chip("TPU v5 lite", int(15.75 * _GIB), 819e9, 50e9, 3.125e9, 2, 256, 1.5e9),
-    "v5p": Chip("TPU v5", int(95.74 * _GIB), 2.765e12, 100e9, 6.25e9, 3, 6144, 1.75e9),
-    "v6e": Chip("TPU v6 lite", int(31.25 * _GIB), 1.638e12, 100e9, 12.5e9, 2, 256, 1.75e9),
-    "tpu7x": Chip("TPU7x", int(94.75 * _GIB), 3.69e12, 50e9, 6.25e9, 3, 9216, 2.2e9, devices_per_chip=2),
-    "a100": Chip("NVIDIA A100-SXM4-80GB", 84_987_740_160, 2.039e12, 300e9, 25e9, 2),
-    "h100": Chip("NVIDIA H100 80GB HBM3", 84_942_979_072, 3.352e12, 450e9, 50e9, 2),
-    "h200": Chip("NVIDIA H200", 150_754_820_096, 4.8e12, 450e9, 50e9, 2),
-    "b200": Chip("NVIDIA B200", 191_503_532_032, 8.0e12, 900e9, 50e9, 2),
+    "v4": Chip("TPU v4", int(30.75 * _GIB), 1.228e12, 50e9, 6.25e9, 0.7, 3, 4096, 1.05e9),
+    "v5e": Chip("TPU v5 lite", int(15.75 * _GIB), 819e9, 50e9, 3.125e9, 0.76, 2, 256, 1.5e9),
+    "v5p": Chip("TPU v5", int(95.74 * _GIB), 2.765e12, 100e9, 6.25e9, 0.78, 3, 6144, 1.75e9),
+    "v6e": Chip("TPU v6 lite", int(31.25 * _GIB), 1.638e12, 100e9, 12.5e9, 0.6, 2, 256, 1.75e9),
+    "tpu7x": Chip("TPU7x", int(94.75 * _GIB), 3.69e12, 50e9, 6.25e9, 0.6, 3, 9216, 2.2e9, devices_per_chip=2),
+    "a100": Chip("NVIDIA A100-SXM4-80GB", 84_987_740_160, 2.039e12, 300e9, 25e9, 0.45, 2),
+    "h100": Chip("NVIDIA H100 80GB HBM3", 84_942_979_072, 3.352e12, 450e9, 50e9, 0.45, 2),
+    "h200": Chip("NVIDIA H200", 150_754_820_096, 4.8e12, 450e9, 50e9, 0.45, 2),
+    "b200": Chip("NVIDIA B200", 191_503_532_032, 8.0e12, 900e9, 50e9, 0.45, 2),
 }
 # In two dimensions a slice is one of these; in three one of these, or cubes of 4 chips a side, put together so that the
 # sides do not fall. Source: the pages above.
@@ -250,11 +254,10 @@ def _cubes(chip):
 
 
 def _nearest(kind, shape, known):
-    """Returns words for the known shape of most nearly as many chips, and of most nearly these sides."""
-    sides = lambda text: [int(n) for n in text.split("x")]
-    away = lambda text: (abs(math.log(math.prod(sides(text)) / math.prod(shape))),
-                         sum(abs(a - b) for a, b in zip(sides(text), sorted(shape))))
-    return f"did you mean {kind}:{min(known, key=away)}?"
+    """Returns words for the known shape of most nearly these sides; of two, the more compact."""
+    sides = lambda text: sorted(int(n) for n in text.split("x"))
+    far = lambda text: round(sum(abs(math.log(a / b)) for a, b in zip(sides(text), sorted(shape))), 6)
+    return f"did you mean {kind}:{min(known, key=lambda text: (far(text), sides(text)[-1]))}?"
 
 
 def _explain_cloud_name(name):
