@@ -22,12 +22,14 @@ LAYERS = (
     ("objectives", "data", "optim", "checkpoint", "metrics", "gguf"),
     ("decode", "hf", "scoring", "step", "topology"),
     ("pretrained", "evals", "engine", "roofline"),
-    ("train", "evaluate", "generate", "serve", "lm_eval", "plan", "benchmark", "prepare", "report", "convert"),
+    ("train", "evaluate", "generate", "serve", "lm_eval", "plan", "benchmark", "prepare", "report", "convert",
+     "forecast"),
 )
 SAME_LAYER = {
     ("architecture", "errors"), ("config", "errors"), ("config", "architecture"), ("tree", "errors"),
     ("sharding", "errors"), ("sharding", "tree"), ("model", "kernels"), ("frontends", "kernels"),
     ("frontends", "model"),
+    ("plan", "forecast"),     # the command prints what this finds
     ("report", "evaluate"),   # the report runs the evaluation that the command does
 }
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "pyarrow", "matplotlib", "sentencepiece", "tokenizers",

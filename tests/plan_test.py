@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from fm_jax import config as config_lib
-from fm_jax import objectives, plan, roofline, sharding, topology
+from fm_jax import forecast, objectives, roofline, sharding, topology
 from fm_jax.architecture import CHOICES, SIZES, Architecture
 from fm_jax.step import Program
 
@@ -63,7 +63,7 @@ def test_bytes_of_the_state_are_those_of_the_program():
 def test_collectives_of_one_layout_by_hand():
     """8B over fsdp 64 x tensor 4: weights gathered twice in bfloat16, gradients scattered once, rows exchanged."""
     c = config("8b", batch_size=256, seq_len=4096)
-    r = plan.on_topology(config_lib.override(c, {"mesh.data": 1, "mesh.fsdp": 64, "mesh.tensor": 4}),
+    r = forecast.on_topology(config_lib.override(c, {"mesh.data": 1, "mesh.fsdp": 64, "mesh.tensor": 4}),
                          topology.parse("v5e:16x16"), compile=False)
     moved = {(m["kind"], m["axes"]): m["bytes"] for m in r["collectives"]}
     weights = 2 * Architecture(**SIZES["8b"]).param_count() / 4
@@ -94,13 +94,13 @@ def test_decoding_by_hand():
 def test_search_finds_the_known_best():
     """1B on chips with room for all of it: nothing beats doing every product once with nothing waited for, which is
     without tensor, remat and microbatches. 8B with Adam's state, 129 GB, on 16 chips of 16 GB: copies do not fit."""
-    found = plan.search(config("1b", batch_size=256), topology.parse("v5p:4x4x4"), compile_best=0)
+    found = forecast.search(config("1b", batch_size=256), topology.parse("v5p:4x4x4"), compile_best=0)
     best = found[0]
     assert "tensor" not in best["mesh"] and (best["remat"], best["accumulation_steps"]) == ("none", 1)
     assert best["seconds"]["step"] == best["seconds"]["compute"] and best["fits"]
     times = [r["seconds"]["step"] for r in found if r["fits"]]
     assert times == sorted(times) and len(times) > 10 and {r["remat"] for r in found} == set(CHOICES["remat"])
-    found = plan.search(config("8b", batch_size=64), topology.parse("v5e:4x4"), compile_best=0)
+    found = forecast.search(config("8b", batch_size=64), topology.parse("v5e:4x4"), compile_best=0)
     assert found[0]["fits"] and "data" not in found[0]["mesh"]
     assert {r["fits"] for r in found if "data" in r["mesh"]} == {False}
     fits = [r["fits"] for r in found]
@@ -110,7 +110,7 @@ def test_search_finds_the_known_best():
 def test_search_takes_microbatches_only_where_it_must():
     """A batch of 64 rows a chip needs microbatches to fit; one of 1 does not. Fixed axes stay as they are."""
     top = topology.parse("v5p:4x4x4")
-    many, few = (plan.search(config("8b", batch_size=64 * n, mesh__tensor=4), top, fixed=["tensor"], compile_best=0)
+    many, few = (forecast.search(config("8b", batch_size=64 * n, mesh__tensor=4), top, fixed=["tensor"], compile_best=0)
                  for n in (64, 1))
     assert all("tensor 4" in r["mesh"] for r in many + few)
     best = next(r for r in many if r["mesh"] == few[0]["mesh"])

@@ -13,7 +13,7 @@ import argparse
 import statistics
 
 from fm_jax import config as config_lib
-from fm_jax import plan
+from fm_jax import forecast, plan
 from fm_jax.architecture import SIZES, Architecture
 from fm_jax.errors import UserError
 from fm_jax import topology as topology_lib
@@ -49,7 +49,7 @@ PUBLISHED = {
 
 
 def run(name, compile):
-    """Returns (result of `plan.on_topology`, published MFU in its convention) of a row."""
+    """Returns (result of `forecast.on_topology`, published MFU in its convention) of a row."""
     fields, chips, mesh, seq_len, per_chip, remat, published = PUBLISHED[name]
     topology = topology_lib.parse(chips)
     config = config_lib.defaults()
@@ -58,7 +58,7 @@ def run(name, compile):
     config.mesh.update(dict.fromkeys(config.mesh, 1) | mesh)
     a = Architecture(**config.model.to_dict())
     full = a.flops_per_token(seq_len) + 6 * a.num_layers * a.num_heads * a.head_dim * (seq_len - 1)
-    return plan.on_topology(config, topology, compile=compile), published * a.flops_per_token(seq_len) / full
+    return forecast.on_topology(config, topology, compile=compile), published * a.flops_per_token(seq_len) / full
 
 
 def main():
