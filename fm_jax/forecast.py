@@ -83,7 +83,8 @@ def _analytic(guess) -> dict:
     """Returns the figures of a `roofline.Estimate`."""
     return {"source": "analytic model", "fits": guess.fits, "free_bytes": guess.free_bytes,
             "bytes_per_device": guess.bytes_per_device, "executed_flops_per_step": guess.flops,
-            "collectives": _summed(guess.collectives), "seconds": guess.seconds}
+            "collectives": _summed(guess.collectives), "seconds": guess.seconds,
+            "analytic": {"step_s": guess.seconds["step"], "free_bytes": guess.free_bytes}}
 
 
 def _compiled(program, topology, guess) -> dict:

@@ -150,8 +150,10 @@ def _bytes(op, kind, group):
         sizes = [s for s in sizes if s[0] not in ("u32", "s32")] or sizes
         return sum(b for _, b in sizes) / 2
     total = sum(b for _, b in sizes)
-    if op.name == "all-gather-start":           # operands and what is gathered of them
+    if op.name in ("all-gather-start", "reduce-scatter-start"):   # operands and results, of which one is the whole
         return total * group / (group + 1)
+    if op.name.endswith("-start") and kind != "all-reduce":       # operands and results of one size
+        return total / 2
     return total * group if kind == "reduce-scatter" else total
 
 

@@ -95,6 +95,9 @@ def describe(r, price=None) -> str:
               + f") + exposed {s['exposed']:.3f}",
               f"    MFU {r['mfu']:.1%}, {quantity(r['tokens_per_day'])} tokens a day, "
               f"{quantity(r['tokens_per_day'] / 86_400 / r['chips'])} tokens/s a chip"]
+    if r["source"] == "compiler":
+        lines.append(f"    (the analytic model alone: {r['analytic']['step_s']:.3f} s, "
+                     f"{r['analytic']['free_bytes'] / GIB:.2f} GiB free)")
     if price is not None:
         days = r["run_chip_hours"] / r["chips"] / 24
         lines.append(f"    whole run: {r['steps']:,} steps in {days:.1f} days, {r['run_chip_hours']:,.0f} chip hours, "

@@ -67,13 +67,12 @@ def train(config, state, axes, sizes: dict[str, int], topology: Topology) -> Est
     bytes_of = lambda widths: width * (widths[0] / layout.parts("between") * n["context"] + widths[1] / t)
     kept, whole = bytes_of(saved_widths(a)[policy]), bytes_of(saved_widths(a)["none"])
     table, tables = a.vocab_size * a.embed_dim / t, 1 if a.tie_embeddings else 2
-    activations = (
-        layers * tokens * kept * (min(n["stage"], acc) if n["stage"] > 1 else 1)
-        + 2 * tokens * whole                                                     # of the layer gone back through
-        + 2 * (gathered - tables * width * table) / layers                       # its weights, and the next one's
-        + tables * width * table + 4 * table                                     # embedding and head, and its gradient
-        + min(tokens, a.loss_chunk_tokens) * a.vocab_size / t * (8 + width)      # logits
-        + held * 4 / stored)                                                     # gradients, float32
+    # What is there beside the kept activations while the loss goes back: the head, its gradient in float32 and logits;
+    # and while a layer does: its weights and the next one's, and all it makes.
+    loss = (width + 4) * (table + min(tokens, a.loss_chunk_tokens) * a.vocab_size / t)
+    layer = 2 * (gathered - tables * width * table) / layers + 2 * tokens * whole
+    activations = (layers * tokens * kept * (min(n["stage"], acc) if n["stage"] > 1 else 1)
+                   + max(loss, layer) + 4 * held / stored)   # and gradients in float32
     batch = 20 * config.batch_size * T / layout.parts("batch")                   # five arrays of 4 bytes a token
     sizes_ = {"parameters": held, "optimizer": of_state(state.opt_state) * share, "ema": of_state(state.ema) * share,
               "batch": batch, "activations": activations}

@@ -65,6 +65,10 @@ def test_groups_are_named_by_mesh_axes(groups, axes):
      ("all-reduce", ("tensor",), 32, 1, True)),
     ("(bf16[8], bf16[8], u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,4},{4,0},{1,5},{5,1}}",
      ("collective-permute", ("data",), 16, 1, True)),
+    ("((f32[8]{0}), f32[4]{0}) reduce-scatter-start(%p), replica_groups=[4,2]<=[8], dimensions={0}, to_apply=%add",
+     ("reduce-scatter", ("tensor",), 32, 1, True)),
+    ("((f32[8]{0}), f32[8]{0}) all-to-all-start(%p), replica_groups=[4,2]<=[8], dimensions={0}",
+     ("all-to-all", ("tensor",), 32, 1, True)),
     # what is reduced is as large as the group's results
     ("bf16[4]{0} reduce-scatter(%p), replica_groups=[4,2]<=[8], dimensions={0}, to_apply=%add",
      ("reduce-scatter", ("tensor",), 16, 1, False)),
