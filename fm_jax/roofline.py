@@ -52,16 +52,22 @@ def train(config, state, axes, sizes: dict[str, int], topology: Topology) -> Est
     layout = sharding.Layout(sharding.abstract_mesh(sizes))
     n = {axis: layout.mesh.shape[axis] for axis in layout.mesh.axis_names}
     t, width = n["tensor"], jax.numpy.dtype(a.dtype).itemsize
-    tokens = config.batch_size * T / layout.parts("batch") / n["context"] / acc   # of one device and microbatch
+    # Of one device and microbatch; the layers of a stage see them all, in `stage` pieces.
+    tokens = config.batch_size * T / (n["slice"] * n["data"] * n["fsdp"] * n["expert"]) / n["context"] / acc
     layers = a.num_layers / n["stage"]
 
     placed = layout.parameters(state.params, axes)
     of_state = lambda part: 0 if part is None else tree.nbytes(part)
-    held = sum(math.prod(s.shard_shape(p.shape)) * p.dtype.itemsize
-               for p, s in zip(jax.tree.leaves(state.params), jax.tree.leaves(placed)))
+    held = gathered = 0   # of a device's parameters: bytes it keeps; and as products read them, whole but for `tensor`
+    for p, s, names in zip(jax.tree.leaves(state.params), jax.tree.leaves(placed),
+                           jax.tree.leaves(axes, is_leaf=sharding.is_axes)):
+        size = math.prod(s.shard_shape(p.shape))
+        cut = [axis for name, entry in zip(names, s.spec) if name != "experts" and entry
+               for axis in ((entry,) if isinstance(entry, str) else entry)]
+        held += size * p.dtype.itemsize
+        gathered += size * width * math.prod(n[axis] for axis in cut if axis in ("fsdp", "expert", "context"))
     share = held / of_state(state.params)
     stored = jax.numpy.dtype(a.param_dtype).itemsize
-    gathered = held * width / stored * n["fsdp"] * n["expert"] * n["context"]   # parameters, as products read them
 
     policy = choose(a.remat, saved_widths(a), "model.remat, for the analytic model")
     bytes_of = lambda widths: width * (widths[0] / layout.parts("between") * n["context"] + widths[1] / t)
@@ -70,10 +76,9 @@ def train(config, state, axes, sizes: dict[str, int], topology: Topology) -> Est
     # What is there beside the kept activations while the loss goes back: the head, its gradient in float32 and logits;
     # and while a layer does: its weights and the next one's, and all it makes.
     loss = (width + 4) * (table + min(tokens, a.loss_chunk_tokens) * a.vocab_size / t)
-    layer = 2 * (gathered - tables * width * table) / layers + 2 * tokens * whole
-    activations = (layers * tokens * kept * (min(n["stage"], acc) if n["stage"] > 1 else 1)
-                   + max(loss, layer) + 4 * held / stored)   # and gradients in float32
-    batch = 20 * config.batch_size * T / layout.parts("batch")                   # five arrays of 4 bytes a token
+    layer = 2 * (gathered - tables * width * table) / layers + 2 * tokens / n["stage"] * whole
+    activations = layers * tokens * kept + max(loss, layer) + 4 * held / stored   # and gradients in float32
+    batch = 20 * config.batch_size * T / layout.batch_parts                       # five arrays of 4 bytes a token
     sizes_ = {"parameters": held, "optimizer": of_state(state.opt_state) * share, "ema": of_state(state.ema) * share,
               "batch": batch, "activations": activations}
     free = topology.chip.memory_bytes - sum(sizes_.values())
@@ -86,7 +91,7 @@ def train(config, state, axes, sizes: dict[str, int], topology: Topology) -> Est
     passes = 3 if policy == "full" else 2
     traffic = acc * (2 * passes * gathered + layers * tokens * whole * (passes + 2)) + 2 * sum(
         sizes_[part] for part in ("parameters", "optimizer", "ema")) + 2 * held
-    bubble = 1 + (n["stage"] - 1) / acc
+    bubble = 1 + (n["stage"] - 1) / n["stage"]   # as many pieces as stages
     seconds["compute"] = bubble * flops / topology.num_devices / (topology.chip.peak_flops * topology.chip.efficiency)
     seconds["memory"] = bubble * traffic / topology.chip.memory_bytes_per_s
     return Estimate({k: int(v) for k, v in sizes_.items()}, free >= 0, int(free), flops, moved, seconds | {

@@ -67,9 +67,9 @@ def test_collectives_of_one_layout_by_hand():
                          topology.parse("v5e:16x16"), compile=False)
     moved = {(m["kind"], m["axes"]): m["bytes"] for m in r["collectives"]}
     weights = 2 * Architecture(**SIZES["8b"]).param_count() / 4
-    # 1%: norms, which each device has whole, count as if they were gathered.
-    assert moved["all-gather", "fsdp"] == pytest.approx(2 * weights, rel=0.01)
-    assert moved["reduce-scatter", "fsdp"] == pytest.approx(weights, rel=0.01)
+    # 0.1%: norms, which each device has whole.
+    assert moved["all-gather", "fsdp"] == pytest.approx(2 * weights, rel=1e-3)
+    assert moved["reduce-scatter", "fsdp"] == pytest.approx(weights, rel=1e-3)
     x = 256 / 64 * 4096 * 4096 * 2
     assert moved["all-gather", "tensor"] == moved["reduce-scatter", "tensor"] == 32 * 2 * 3 * x   # 3: full remat
     assert r["source"] == "analytic model" and r["seconds"]["step"] > 0
@@ -93,7 +93,8 @@ def test_decoding_by_hand():
 
 def test_search_finds_the_known_best():
     """1B on chips with room for all of it: nothing beats doing every product once with nothing waited for, which is
-    without tensor, remat and microbatches. 8B with Adam's state, 129 GB, on 16 chips of 16 GB: copies do not fit."""
+    without tensor, remat and microbatches. 8B with Adam's state and gradients, 129 GB, on 16 chips of 17 GB: four
+    copies do not fit."""
     found = forecast.search(config("1b", batch_size=256), topology.parse("v5p:4x4x4"), compile_best=0)
     best = found[0]
     assert "tensor" not in best["mesh"] and (best["remat"], best["accumulation_steps"]) == ("none", 1)
@@ -101,8 +102,8 @@ def test_search_finds_the_known_best():
     times = [r["seconds"]["step"] for r in found if r["fits"]]
     assert times == sorted(times) and len(times) > 10 and {r["remat"] for r in found} == set(CHOICES["remat"])
     found = forecast.search(config("8b", batch_size=64), topology.parse("v5e:4x4"), compile_best=0)
-    assert found[0]["fits"] and "data" not in found[0]["mesh"]
-    assert {r["fits"] for r in found if "data" in r["mesh"]} == {False}
+    assert found[0]["fits"]
+    assert {r["fits"] for r in found if r["mesh"].startswith(("data 4", "data 8", "data 16"))} == {False}
     fits = [r["fits"] for r in found]
     assert fits == sorted(fits, reverse=True)
 
