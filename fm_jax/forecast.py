@@ -90,17 +90,24 @@ def _analytic(guess) -> dict:
 def _compiled(program, topology, guess) -> dict:
     """Returns what the compiled step says instead of the analytic model's `guess`."""
     traced = program.train_step.trace(program.abstract, program.batch_spec, jax.ShapeDtypeStruct((), jnp.int32))
-    flops, _ = roofline.jaxpr_flops(traced.jaxpr)
+    mesh, chip, config = program.layout.mesh, topology.chip, program.config
+    held = {"parameters": program.abstract.params, "optimizer": program.abstract.opt_state,
+            "ema": program.abstract.ema, "batch": program.batch_spec}
+    held = {name: sharding.bytes_per_device(part) for name, part in held.items()}
+    facts = {"jaxpr_flops_per_step": roofline.jaxpr_flops(traced.jaxpr)[0]}
     begin = time.perf_counter()
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        return {"source": "compiler, which refuses", "compile_s": time.perf_counter() - begin, "fits": False,
-                "free_bytes": -_excess_bytes(str(e)), "jaxpr_flops_per_step": flops, "collectives": [], "seconds": {}}
-    compile_s, text, memory = time.perf_counter() - begin, compiled.as_text(), compiled.memory_analysis()
-    mesh, chip, config = program.layout.mesh, topology.chip, program.config
+        needed = _temporary_bytes(str(e)) or guess.bytes_per_device["activations"]
+        return facts | {
+            "source": "compiler, which refuses", "compile_s": time.perf_counter() - begin, "fits": False,
+            "free_bytes": chip.memory_bytes - needed - sum(held.values()), "collectives": [], "seconds": {},
+            "bytes_per_device": held | {"activations": needed}}
+    facts["compile_s"] = time.perf_counter() - begin
+    text, memory = compiled.as_text(), compiled.memory_analysis()
     moved = hlo.collectives(text, mesh.shape)
     seconds = topology.collective_seconds(moved, mesh.devices)
     if cycles := hlo.cycles(text):
@@ -113,20 +120,16 @@ def _compiled(program, topology, guess) -> dict:
         seconds |= {key: guess.seconds[key] for key in ("compute", "memory")}
     busy = max(seconds["compute"], seconds.get("memory", 0)) + seconds.get("kernels", 0)
     free = chip.memory_bytes - memory.peak_memory_in_bytes
-    held = {"parameters": program.abstract.params, "optimizer": program.abstract.opt_state,
-            "ema": program.abstract.ema, "batch": program.batch_spec}
-    return {
-        "source": "compiler", "compile_s": compile_s, "jaxpr_flops_per_step": flops, "fits": free >= 0,
-        "free_bytes": free, "collectives": _summed(moved),
-        "seconds": seconds | {"step": roofline.step_seconds(busy, seconds)},
-        "bytes_per_device": {name: sharding.bytes_per_device(part) for name, part in held.items()} | {
-            "activations": memory.peak_memory_in_bytes - memory.argument_size_in_bytes},
-        "peak_bytes": memory.peak_memory_in_bytes}
+    return facts | {
+        "source": "compiler", "fits": free >= 0, "free_bytes": free, "peak_bytes": memory.peak_memory_in_bytes,
+        "collectives": _summed(moved), "seconds": seconds | {"step": roofline.step_seconds(busy, seconds)},
+        "bytes_per_device": held | {
+            "activations": memory.peak_memory_in_bytes - memory.argument_size_in_bytes}}
 
 
-def _excess_bytes(message) -> int:
-    """Returns by how much a program did not fit, from the TPU compiler's words; 0 where they do not say."""
-    found = re.search(r"[Ee]xceed\w*[^.]*? by ([\d.]+)([KMGT]?)", message)
+def _temporary_bytes(message) -> int:
+    """Returns the bytes that a program needs beside its arguments, from a TPU compiler's refusal; 0 where none are."""
+    found = re.search(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds", message)
     return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) if found else 0
 
 

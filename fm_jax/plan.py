@@ -76,7 +76,6 @@ def describe(r, price=None) -> str:
         lines.append(f"    {'peak':<22}{gib(r['peak_bytes'])}")
     lines += [f"    {name:<22}{gib(size)}" for name, size in r["bytes_per_device"].items() if size]
     if r["source"].endswith("refuses"):
-        lines[-1] += "    (analytic model)"
         lines.append("  no time without a program: more devices, more microbatches, or --search")
     lines += [f"  FLOPs per step        {quantity(r['flops_per_step'])}  (forward and backward, causal attention at "
               "half, no recomputation)",
