@@ -161,6 +161,11 @@ def _group(rest, mesh_shape):
     """Returns (devices in a group, mesh axes along which they differ)."""
     sizes, names = tuple(mesh_shape.values()), tuple(mesh_shape)
     count = math.prod(sizes)
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):   # from jax 0.11: by name
+        whole, named = dict(re.findall(r"'([^']+)'=(\d+)", match[1])), re.findall(
+            r"'([^']+)'(?::\(\d+\)(\d+))?", match[2])   # 'tensor', or of it a part 'tensor':(1)2
+        return math.prod(int(part or whole[name]) for name, part in named), tuple(
+            name for name in names if name in dict(named))
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         groups, size, dims = int(match[1]), int(match[2]), [int(d) for d in match[3].split(",")]
         ids = np.arange(math.prod(dims)).reshape(dims)

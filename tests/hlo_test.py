@@ -47,6 +47,8 @@ def test_a_program_of_known_collectives():
     ("replica_groups=[4,2]<=[2,4]T(1,0)", ("data",)),
     ("replica_groups=[4,2]<=[2,2,2]T(0,2,1)", ("fsdp",)),
     ("replica_groups=[2,4]<=[4,2]T(1,0)", ("data", "fsdp")),
+    ("replica_groups=mesh['data'=2,'fsdp'=2,'tensor'=2] {'tensor','data'}", ("data", "tensor")),
+    ("replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp':(1)2}", ("fsdp",)),
     ("replica_groups=[1,8]<=[8]", ("data", "fsdp", "tensor")),
 ])
 def test_groups_are_named_by_mesh_axes(groups, axes):
