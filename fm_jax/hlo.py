@@ -22,6 +22,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{")
 _OP = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations|branch_computations|true_computation|false_computation)="
                      r"(\{[^}]*\}|%?[\w.\-]+)")
+_BETWEEN_SLICES = re.compile(r'"xla_megascale_runtime".*_xla_megascale_transfer_type="(\w+)"')   # of a TPU's sends
 _UNKNOWN_CYCLES = 10 ** 12   # the compiler writes the largest integer where it has no estimate
 
 
@@ -56,15 +57,21 @@ def collectives(text: str, mesh_shape: dict[str, int]) -> list[Collective]:
         # A TPU's fused asynchronous collective: its start, its steps and its end each repeat the operation.
         starts = "AsyncCollectiveStart" in targets
         fused = starts or "async_collective" in name or "AsyncCollectiveDone" in targets
-        for op in ops:
+        for op in ops if times[name] and (starts or not fused) else ():
             kind = op.name.removesuffix("-start")
-            if kind not in KINDS or not times[name] or (fused and not starts):
-                continue
-            group, axes = _group(op.rest, mesh_shape)
-            if group == 1:
-                continue
-            overlapped = fused or name in behind or op.name.endswith("-start") or "async_collective_name=" in op.rest
-            out.append(Collective(kind, axes, _bytes(op, kind, group), times[name], overlapped))
+            if op.name == "send" and (found := _BETWEEN_SLICES.search(op.rest)):
+                kind = found[1].lower().replace("_", "-")
+                kind = kind if kind in KINDS else "collective-permute"
+                out.append(Collective(kind, ("slice",), _bytes(op, 1), times[name], True))
+            elif kind in KINDS:
+                group, axes = _group(op.rest, mesh_shape)
+                overlapped = (fused or name in behind or op.name.endswith("-start")
+                              or "async_collective_name=" in op.rest)
+                nbytes = _bytes(op, group)
+                if name.startswith("all-reduce-scatter"):   # a TPU's fusion of the sum with the slice kept of it
+                    kind = "reduce-scatter"
+                if group > 1:
+                    out.append(Collective(kind, axes, nbytes, times[name], overlapped))
     return out
 
 
@@ -142,35 +149,35 @@ def _asynchronous(computations):
             for match in _CALLED.finditer(op.rest) for other in re.findall(r"[\w.\-]+", match[1])}
 
 
-def _bytes(op, kind, group):
-    sizes = [(kind_, math.prod(map(int, filter(None, dims.split(",")))) * bits / 8)
-             for kind_, dims in _SHAPE.findall(op.shape)
-             if (bits := _BITS.get(kind_, 8 if kind_.startswith("f8") else 4 if kind_.startswith("f4") else 0))]
-    if op.name == "collective-permute-start":   # operand, result, two counters
+def _bytes(op, group):
+    """Returns the bytes of the whole array on one device, from the shape of what an operation over `group` gives."""
+    sizes = [(kind, math.prod(map(int, filter(None, dims.split(",")))) * bits / 8)
+             for kind, dims in _SHAPE.findall(op.shape)
+             if (bits := _BITS.get(kind, 8 if kind.startswith("f8") else 4 if kind.startswith("f4") else 0))]
+    if op.name in ("send", "collective-permute-start"):               # counters beside them
         sizes = [s for s in sizes if s[0] not in ("u32", "s32")] or sizes
-        return sum(b for _, b in sizes) / 2
     total = sum(b for _, b in sizes)
-    if op.name in ("all-gather-start", "reduce-scatter-start"):   # operands and results, of which one is the whole
+    if op.name in ("all-gather-start", "reduce-scatter-start"):       # operands and results, of which one is the whole
         return total * group / (group + 1)
-    if op.name.endswith("-start") and kind != "all-reduce":       # operands and results of one size
+    if op.name.endswith("-start") and op.name != "all-reduce-start":  # operands and results of one size
         return total / 2
-    return total * group if kind == "reduce-scatter" else total
+    return total * group if op.name == "reduce-scatter" else total
 
 
 def _group(rest, mesh_shape):
     """Returns (devices in a group, mesh axes along which they differ)."""
     sizes, names = tuple(mesh_shape.values()), tuple(mesh_shape)
-    count = math.prod(sizes)
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):   # from jax 0.11: by name
-        whole, named = dict(re.findall(r"'([^']+)'=(\d+)", match[1])), re.findall(
-            r"'([^']+)'(?::\(\d+\)(\d+))?", match[2])   # 'tensor', or of it a part 'tensor':(1)2
-        return math.prod(int(part or whole[name]) for name, part in named), tuple(
-            name for name in names if name in dict(named))
-    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        groups, size, dims = int(match[1]), int(match[2]), [int(d) for d in match[3].split(",")]
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        ids = ids.transpose([int(d) for d in match[4].split(",")]) if match[4] else ids
-        member = ids.reshape(groups, size)[0]
+    if match := re.search(r"replica_groups=(\[\d+,\d+\]<=\S+)", rest):
+        member = _iota(match[1])[0]
+    elif match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))? \{([^}]*)\}", rest):
+        # By the axes of a mesh of the compiler's own: 'axis_1', or a part of it as 'axis_1':(before it)size.
+        whole = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", match[1])}
+        ids = (_iota(match[2]) if match[2] else np.arange(math.prod(whole.values()))).reshape(*whole.values())
+        within = {name: (int(before or 1), int(size or whole[name]))
+                  for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", match[3])}
+        steps = [np.arange(size) * (n // before // size) for name, n in whole.items()
+                 for before, size in [within.get(name, (n, 1))]]
+        member = ids[np.ix_(*steps)].ravel()
     elif match := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
         pairs = np.array([[int(x) for x in p] for p in re.findall(r"\{(\d+),(\d+)\}", rest.partition(
             "source_target_pairs=")[2].partition("}}")[0] + "}")])
@@ -179,7 +186,17 @@ def _group(rest, mesh_shape):
         return (math.prod(mesh_shape[a] for a in axes), axes) if axes else (1, ())
     elif match := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
         member = np.array([int(d) for d in match[1].split(",")])
-    else:                                       # replica_groups={}: all
-        member = np.arange(count)
+    elif "replica_groups={}" in rest:           # all
+        member = np.arange(math.prod(sizes))
+    else:
+        raise ValueError(f"a form of groups that is not known here: {rest[:300]}")
     at = np.unravel_index(member, sizes)
     return len(member), tuple(name for name, a in zip(names, at) if len(set(a.tolist())) > 1)
+
+
+def _iota(text):
+    """Returns the array of device numbers that "[4,2]<=[2,4]T(1,0)" writes: counted, transposed, reshaped."""
+    shape, counted, order = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    numbers = lambda written: [int(n) for n in written.split(",")]
+    ids = np.arange(math.prod(numbers(counted))).reshape(numbers(counted))
+    return (ids.transpose(numbers(order)) if order else ids).reshape(numbers(shape))

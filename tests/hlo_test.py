@@ -48,7 +48,10 @@ def test_a_program_of_known_collectives():
     ("replica_groups=[4,2]<=[2,2,2]T(0,2,1)", ("fsdp",)),
     ("replica_groups=[2,4]<=[4,2]T(1,0)", ("data", "fsdp")),
     ("replica_groups=mesh['data'=2,'fsdp'=2,'tensor'=2] {'tensor','data'}", ("data", "tensor")),
-    ("replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp':(1)2}", ("fsdp",)),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", ("data",)),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1':(1)2}", ("fsdp",)),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1':(2)2}", ("tensor",)),
+    ("replica_groups=mesh['a'=4,'b'=2], device_ids=([8]<=[2,4]T(1,0)) {'b'}, use_global_device_ids=true", ("data",)),
     ("replica_groups=[1,8]<=[8]", ("data", "fsdp", "tensor")),
 ])
 def test_groups_are_named_by_mesh_axes(groups, axes):
@@ -111,6 +114,25 @@ def test_loops_multiply_and_wrapped_operations_overlap():
     assert hlo.cycles(LOOP) == 12 * 100 + 5
     known = LOOP.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}')
     assert hlo.cycles(known) == 3 * 100 + 5
+
+
+def test_sums_that_a_tpu_writes_otherwise():
+    """A scattered sum is a fusion of the whole sum with its slice; one between slices is a send over the network."""
+    text = """
+%all-reduce-scatter.clone.1 (input: f32[8]) -> f32[2] {
+  %all-reduce.5 = f32[8]{0:T(256)} all-reduce(%input), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %slice = f32[2] dynamic-slice(%all-reduce.5, %i), dynamic_slice_sizes={2}
+}
+ENTRY %main (p: f32[8]) -> f32[2] {
+  %f = f32[2] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.clone.1
+  %send = (f32[1,2]{1,0:T(8,128)}, u32[], token[]) send(%f, %t), is_host_transfer=true, frontend_attributes={\
+_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{1,2}x{0:3}",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  %other = (f32[1,2], u32[], token[]) send(%f, %t), is_host_transfer=true
+}
+"""
+    assert found(text, dict(slice=2, fsdp=4)) == [("reduce-scatter", ("fsdp",), 32, 1, False),
+                                                  ("all-reduce", ("slice",), 8, 1, True)]
 
 
 def test_fused_asynchronous_collectives_count_once():
