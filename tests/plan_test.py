@@ -153,12 +153,13 @@ def test_the_commands_of_the_issue_without_a_compiler(inline, tmp_path):
 
 @needs_libtpu
 def test_the_real_compiler(tmp_path):
-    """A tiny step compiled for four v5e chips: argument bytes are those of the state and batch; collectives are named
-    by the mesh's axes; one too large for the chip is refused with by how much."""
+    """A tiny step compiled for two slices of four v5e chips: argument bytes are those of the state and batch; collectives
+    are named by the mesh's axes; one too large for the chip is refused with by how much."""
     run = lambda *flags: subprocess.run([sys.executable, "-m", "fm_jax.plan", *flags], capture_output=True, text=True,
                                         timeout=300)
+    # So wide that the chips' tiles pad little.
     wide = ("--config.model.embed_dim=512", "--config.model.mlp_dim=1024", "--config.model.vocab_size=4096")
-    done = run(f"--config={CONFIG}:tiny", "--topology=v5e:2x2", "--mesh=fsdp=2,tensor=2", *wide,   # padded little
+    done = run(f"--config={CONFIG}:tiny", "--topology=v5e:2x2", "--slices=2", "--mesh=slice=2,fsdp=2,tensor=2", *wide,
                f"--output={tmp_path / 'x.json'}")
     assert done.returncode == 0, done.stderr
     r = json.loads((tmp_path / "x.json").read_text())
@@ -166,7 +167,7 @@ def test_the_real_compiler(tmp_path):
     held = sum(size for name, size in r["bytes_per_device"].items() if name != "activations")
     assert r["peak_bytes"] == pytest.approx(held + r["bytes_per_device"]["activations"], rel=0.05)
     axes = {axis for c in r["collectives"] for axis in c["axes"].split("+")}
-    assert axes == {"fsdp", "tensor"} and r["seconds"]["compute"] > 0
+    assert axes == {"slice", "fsdp", "tensor"} and r["seconds"]["compute"] > 0
     large = run(f"--config={CONFIG}:tiny", "--topology=v5e:2x2", "--mesh=fsdp=4", "--config.batch_size=4",
                 "--config.model.vocab_size=4194304", "--config.model.embed_dim=1024")
     assert large.returncode == 0 and "DOES NOT FIT" in large.stdout, large.stderr
