@@ -153,8 +153,8 @@ def test_the_commands_of_the_issue_without_a_compiler(inline, tmp_path):
 
 @needs_libtpu
 def test_the_real_compiler(tmp_path):
-    """A tiny step compiled for two slices of four v5e chips: argument bytes are those of the state and batch; collectives
-    are named by the mesh's axes; one too large for the chip is refused with by how much."""
+    """A tiny step compiled for two slices of four v5e chips: argument bytes are those of the state and batch, and
+    collectives are named by the mesh's axes; one too large for the chip is refused with by how much."""
     run = lambda *flags: subprocess.run([sys.executable, "-m", "fm_jax.plan", *flags], capture_output=True, text=True,
                                         timeout=300)
     # So wide that the chips' tiles pad little.
