@@ -194,7 +194,8 @@ def main(args):
 
 
 def _main_on_topology(args, named):
-    quiet_compilers()
+    if not args.analytic:
+        quiet_compilers()
     from fm_jax import forecast
     from fm_jax import topology as topology_lib
 
@@ -208,8 +209,8 @@ def _main_on_topology(args, named):
         raise UserError(f"mesh axis slice={config.mesh.slice} with --slices {args.slices}: they must be the same")
     if args.search:
         fixed = [axis for axis, n in named.items() if n != -1]
-        results = forecast.search(config, topology, fixed=fixed, compile_best=0 if args.analytic else args.compile_best,
-                         progress=lambda line: print(line, flush=True))
+        results = forecast.search(config, topology, fixed=fixed, progress=lambda line: print(line, flush=True),
+                                  compile_best=0 if args.analytic else args.compile_best)
         print(ranking(results, price))
         print()
     else:

@@ -172,7 +172,7 @@ class Topology:
                 raise UserError(f"--topology {self.name}: compiling for TPUs needs the package libtpu, also without a "
                                 "TPU (pip install libtpu, of the version that jax[tpu] names); or --analytic")
             make = dict(platform="tpu", topology_name=self.name)
-            if any(self.wrap):   # or a torus is compiled as a grid: half as many bytes more, as all-reduces
+            if any(self.wrap):   # or a torus is compiled as a grid, gathers as sums: half as many bytes again
                 make["wrap"] = [*self.wrap, False, False][:3]
             if self.chip.kind == "TPU v4":
                 make["chip_config_name"] = "megacore"   # one device a chip, as jobs have it

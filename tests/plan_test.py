@@ -121,7 +121,7 @@ def test_search_takes_microbatches_only_where_it_must():
 # --- the command -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, message", [
-    (["--topology=v5e:4x5"], "did you mean v5e:4x4?"),
+    (["--topology=v5e:4x5", "--analytic"], "did you mean v5e:4x4?"),
     (["--topology=v5e:2x2", "--mesh=fspd=4", "--analytic"], "--mesh: axis: unknown 'fspd'; did you mean 'fsdp'?"),
     (["--topology=v5e:2x2", "--mesh=fsdp", "--analytic"], "--mesh 'fsdp': expected axis=devices"),
     (["--topology=v5e:2x2", "--mesh=fsdp=2", "--analytic"], "uses 2 of the 4 devices of v5e:2x2; change --mesh"),
