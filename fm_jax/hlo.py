@@ -172,7 +172,8 @@ def _group(rest, mesh_shape):
     elif match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))? \{([^}]*)\}", rest):
         # By the axes of a mesh of the compiler's own: 'axis_1', or a part of it as 'axis_1':(before it)size.
         whole = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", match[1])}
-        ids = (_iota(match[2]) if match[2] else np.arange(math.prod(whole.values()))).reshape(*whole.values())
+        count = math.prod(whole.values())
+        ids = _iota(f"[{count}]<={match[2] or f'[{count}]'}").reshape(*whole.values())
         within = {name: (int(before or 1), int(size or whole[name]))
                   for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", match[3])}
         steps = [np.arange(size) * (n // before // size) for name, n in whole.items()
