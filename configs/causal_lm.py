@@ -49,7 +49,7 @@ def get_config(size: str = "small"):
     else:
         c.model.update(**SIZES[size])
         c.seq_len = min(2048, SIZES[size].get("max_seq_len", 2048))
-        c.batch_size = 256
+        c.batch_size = 256 if _params(size) < 5e9 else 1024   # 0.5 and 2 M tokens
         c.steps = f"{20 * _params(size):.2g} tokens"   # arXiv:2203.15556: about 20 tokens a parameter
         c.optimizer.learning_rate = round(3e-3 * (1e7 / _params(size)) ** 0.3, 6)
     return c

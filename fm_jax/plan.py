@@ -1,16 +1,26 @@
-"""Shows what a config needs before anything runs: parameters, FLOPs, bytes per device, shardings.
+"""Shows what a config needs before anything runs: parameters, FLOPs, bytes per device, shardings; on a pod, its time.
 
     python -m fm_jax.plan --sizes
     python -m fm_jax.plan --config configs/causal_lm.py:8b --config.mesh.fsdp=8 --config.mesh.tensor=4
+    python -m fm_jax.plan --config configs/causal_lm.py:8b --topology v5p:8x8x8 --mesh fsdp=512
+    python -m fm_jax.plan --config configs/causal_lm.py:70b --topology v5e:16x16 --search --price_per_chip_hour 1.2
 
-The mesh may be larger than this machine: no array is made, no device asked for. Layer 5.
+The mesh may be larger than this machine: no array is made, no device asked for. With --topology the real train step is
+compiled for those chips, by their own compiler on a CPU; --analytic estimates without it. Layer 5.
 """
+
+import json
+import os
+from pathlib import Path
+import re
 
 from absl import flags
 
 from fm_jax import config as config_lib
 from fm_jax.architecture import SIZES, Architecture
-from fm_jax.errors import UserError
+from fm_jax.errors import UserError, choose
+
+GIB = 2 ** 30
 
 
 def sizes_table() -> str:
@@ -33,28 +43,15 @@ def plan(config, *, devices: int | None = None) -> dict:
     Raises:
       UserError: what could not train either; a length in epochs of data that is not here.
     """
-    from fm_jax import objectives, sharding, tree
-    from fm_jax.data import batches
-    from fm_jax.step import Program
+    from fm_jax import forecast, sharding, tree
 
-    config = config_lib.resolve(config)
-    lengths = {"steps": config.steps, "optimizer.warmup_steps": config.optimizer.warmup_steps,
-               "optimizer.decay_steps": config.optimizer.decay_steps}
-    epochs = [f"config.{key}={length!r}" for key, length in lengths.items() if isinstance(length, str)]
-    if epochs:   # only then must the data be here
-        try:
-            examples = batches.examples_per_epoch(config)
-        except UserError as e:
-            raise UserError(f"{epochs[0]} needs the size of the data: {e}; or give steps or tokens") from None
-        config = config_lib.resolve(config, examples_per_epoch=examples)
-    layout = sharding.Layout(sharding.abstract_mesh(config.mesh, devices))
-    objective = objectives.load(config, None, layout)
-    program = Program(config, objective, layout)
-    state = program.abstract
+    config = forecast.resolved(config)
+    program = forecast.program_on(config, sharding.abstract_mesh(config.mesh, devices))
+    state, objective = program.abstract, program.objective
     parts = {"parameters": state.params, "optimizer": state.opt_state, "ema": state.ema, "gradients": state.params,
              "batch": program.batch_spec}
     return {
-        "name": config.name, "mesh": sharding.describe(layout.mesh), "parameters": tree.count(state.params),
+        "name": config.name, "mesh": sharding.describe(program.layout.mesh), "parameters": tree.count(state.params),
         "steps": config.steps, "tokens_per_step": config.batch_size * objective.tokens_per_example,
         "flops_per_token": objective.flops_per_example / objective.tokens_per_example,
         "flops_per_step": config.batch_size * objective.flops_per_example,
@@ -63,9 +60,100 @@ def plan(config, *, devices: int | None = None) -> dict:
     }
 
 
+def describe(r, price=None) -> str:
+    """Returns the result of `forecast.on_topology` as text. price: of one chip and hour, in any money."""
+    from fm_jax.metrics import quantity
+
+    gib = lambda n: f"{n / GIB:>10.2f} GiB"
+    room = "fits" if r["fits"] else "DOES NOT FIT"
+    by = f", {abs(r['free_bytes']) / GIB:.2f} GiB {'free' if r['fits'] else 'too much'}" if r["free_bytes"] else ""
+    lines = [f"{r['topology']}" + (f" x {r['slices']} slices" if r["slices"] > 1 else "") +
+             f": {r['chips']:,} chips, mesh {r['mesh']}, remat {r['remat']}, "
+             f"{r['accumulation_steps']} microbatch{'es' if r['accumulation_steps'] > 1 else ''}",
+             f"  {room}{by} of {r['memory_bytes'] / GIB:.2f} GiB a device    ({r['source']}"
+             + (f", {r['compile_s']:.0f} s" if "compile_s" in r else ", not compiled") + ")"]
+    if "peak_bytes" in r:
+        lines.append(f"    {'peak':<22}{gib(r['peak_bytes'])}")
+    lines += [f"    {name:<22}{gib(size)}" for name, size in r["bytes_per_device"].items() if size]
+    if r["source"].endswith("refuses"):
+        lines.append("  no time without a program: more devices, more microbatches, or --search")
+    lines += [f"  FLOPs per step        {quantity(r['flops_per_step'])}  (forward and backward, causal attention at "
+              "half, no recomputation)",
+              f"    done                {quantity(r['executed_flops_per_step'])}  (with recomputation"
+              + (f"; {quantity(r['jaxpr_flops_per_step'])} counted in the traced program)"
+                 if "jaxpr_flops_per_step" in r else ")")]
+    if not r["seconds"]:
+        return "\n".join(lines)
+    lines.append("  collectives of a step, bytes of the whole array on a device")
+    for c in r["collectives"]:
+        share = c["overlapped_bytes"] / c["bytes"] if c["bytes"] else 0
+        lines.append(f"    {c['kind']:<20}{c['axes']:<16}{quantity(c['bytes']):>8}B   {share:4.0%} beside other work")
+    s = r["seconds"]
+    lines += [f"  estimated step        {s['step']:.3f} s = max(" +
+              ", ".join(f"{k} {s[k]:.3f}" for k in ("compute", "memory", "overlapped") if k in s)
+              + f") + exposed {s['exposed']:.3f}",
+              f"    MFU {r['mfu']:.1%}, {quantity(r['tokens_per_day'])} tokens a day, "
+              f"{quantity(r['tokens_per_day'] / 86_400 / r['chips'])} tokens/s a chip"]
+    if r["source"] == "compiler":
+        lines.append(f"    (the analytic model alone: {r['analytic']['step_s']:.3f} s, "
+                     f"{r['analytic']['free_bytes'] / GIB:.2f} GiB free)")
+    if price is not None:
+        days = r["run_chip_hours"] / r["chips"] / 24
+        lines.append(f"    whole run: {r['steps']:,} steps in {days:.1f} days, {r['run_chip_hours']:,.0f} chip hours, "
+                     f"{r['run_chip_hours'] * price:,.0f} at {price:g} a chip and hour")
+    return "\n".join(lines)
+
+
+def ranking(results, price=None, most: int = 20) -> str:
+    """Returns the first `most` results of `forecast.search` as a table."""
+    from fm_jax.metrics import quantity
+
+    head = f"{'mesh':<34}{'remat':<7}{'micro':>6}{'free GiB':>10}{'step s':>9}{'MFU':>7}{'tokens/day':>12}"
+    head += f"{'run costs':>14}" if price is not None else ""
+    rows = []
+    for r in results[:most]:
+        step, mfu, tokens = ((f"{r['seconds']['step']:.3f}", f"{r['mfu']:.1%}", quantity(r["tokens_per_day"]))
+                             if r["seconds"] else ("-",) * 3)
+        cost = f"{r['run_chip_hours'] * price:,.0f}" if price is not None and r["run_chip_hours"] else "-"
+        rows.append(f"{r['mesh']:<34}{r['remat']:<7}{r['accumulation_steps']:>6}{r['free_bytes'] / GIB:>10.2f}{step:>9}"
+                    f"{mfu:>7}{tokens:>12}" + (f"{cost:>14}" if price is not None else "")
+                    + f"  {r['source']}" + ("" if r["fits"] else ", does not fit"))
+    more = [f"and {len(results) - most} more (--output has them)"] if len(results) > most else []
+    return "\n".join([head, *rows, *more])
+
+
+def _decode_text(arch, topology, length):
+    from fm_jax import roofline
+    from fm_jax.metrics import quantity
+
+    d = roofline.decode(arch, topology, length)
+    if d is None:
+        return f"  decode: the weights and one sequence of {length:,} tokens do not fit into {topology.name}"
+    return (f"  decode, sequences of {length:,} tokens (analytic: memory bandwidth; weights, cache in {arch.dtype})\n"
+            f"    {d.groups} group{'s' if d.groups > 1 else ''} of {d.group_devices} device"
+            f"{'s' if d.group_devices > 1 else ''}: weights {d.weight_bytes_per_device / GIB:.2f} GiB a device, "
+            f"{d.sequences:,} sequences of {d.cache_bytes_per_sequence / GIB:.3f} GiB\n"
+            f"    a group at most {quantity(d.tokens_per_s)} tokens/s with all of them, "
+            f"{quantity(d.tokens_per_s_of_one)} tokens/s with one")
+
+
 def _flags(fv):
     config_lib.define_config(fv, required=False)
     flags.DEFINE_boolean("sizes", False, "print the table of named sizes", flag_values=fv)
+    flags.DEFINE_string("topology", None, "chips to plan for: v5p:8x8x8, v5e:16x16 (v4, v5e, v5p, v6e, tpu7x), h100:4x8"
+                        " (hosts x GPUs; a100, h100, h200, b200)", flag_values=fv)
+    flags.DEFINE_integer("slices", 1, "slices of that topology, joined by mesh axis `slice`", flag_values=fv)
+    flags.DEFINE_string("mesh", None, "the whole mesh, fsdp=64,tensor=8; axes not named are 1. Default: config.mesh",
+                        flag_values=fv)
+    flags.DEFINE_boolean("analytic", False, "estimate by shapes alone, without compiling", flag_values=fv)
+    flags.DEFINE_boolean("search", False, "rank meshes and remat policies; axes in --mesh, other than its -1, stay",
+                         flag_values=fv)
+    flags.DEFINE_integer("compile_best", 3, "of a search, compile so many", flag_values=fv, lower_bound=0)
+    flags.DEFINE_float("price_per_chip_hour", None, "for the cost of the run, in any money", flag_values=fv,
+                       lower_bound=0)
+    flags.DEFINE_integer("decode_length", None, "tokens of a sequence in the decoding estimate; default: "
+                         "config.model.max_seq_len", flag_values=fv, lower_bound=1)
+    flags.DEFINE_string("output", None, "also write the figures to this JSON file", flag_values=fv)
     flags.DEFINE_integer("devices", None, "devices that a -1 of config.mesh counts from; default: as many as the mesh "
                          "names", flag_values=fv, lower_bound=1)
 
@@ -76,6 +164,17 @@ def main(args):
         return
     if args.config is None:
         raise UserError("--config is required (or --sizes); see --help")
+    named = _parse_mesh(args.mesh) if args.mesh is not None else {}
+    if named:
+        for axis in named:
+            choose(axis, args.config.mesh, "--mesh: axis")
+        config_lib.override(args.config, {f"mesh.{axis}": named.get(axis, 1) for axis in args.config.mesh})
+    if args.topology is not None:
+        _main_on_topology(args, named)
+        return
+    for flag in ("slices", "analytic", "search", "price_per_chip_hour", "decode_length", "output"):
+        if args[flag].present:
+            raise UserError(f"--{flag} needs --topology")
     from fm_jax.metrics import quantity
 
     p = plan(args.config, devices=args.devices)
@@ -92,6 +191,57 @@ def main(args):
     for name, size in p["bytes_per_device"].items():
         print(f"    {name:<14} {size:>18,}")
     print(f"    {'total':<14} {sum(p['bytes_per_device'].values()):>18,}")
+
+
+def _main_on_topology(args, named):
+    if not args.analytic:
+        quiet_compilers()
+    from fm_jax import forecast
+    from fm_jax import topology as topology_lib
+
+    if args.devices is not None:
+        raise UserError("--devices: --topology says how many there are")
+    topology = topology_lib.parse(args.topology, args.slices)
+    config, price = args.config, args.price_per_chip_hour
+    if topology.slices > 1 and config.mesh.slice == 1:
+        config.mesh.slice = topology.slices
+    if config.mesh.slice != topology.slices and not topology.gpu:
+        raise UserError(f"mesh axis slice={config.mesh.slice} with --slices {args.slices}: they must be the same")
+    if args.search:
+        fixed = [axis for axis, n in named.items() if n != -1]
+        results = forecast.search(config, topology, fixed=fixed, progress=lambda line: print(line, flush=True),
+                                  compile_best=0 if args.analytic else args.compile_best)
+        print(ranking(results, price))
+        print()
+    else:
+        results = [forecast.on_topology(config, topology, compile=not args.analytic)]
+    print(f"{config.name}: {Architecture(**config.model.to_dict()).param_count():,} parameters, "
+          f"{results[0]['tokens_per_step']:,} tokens a step")
+    print(describe(results[0], price))
+    print(_decode_text(Architecture(**config.model.to_dict()), topology,
+                       args.decode_length or config.model.max_seq_len))
+    if topology.gpu:
+        print("  JAX takes three quarters of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says more")
+    if args.output:
+        Path(args.output).write_text(json.dumps(results if args.search else results[0], indent=1) + "\n")
+
+
+def quiet_compilers():
+    """Returns nothing; sets, before jax is imported, what keeps the compilers from looking for chips."""
+    # JAX's own arrays stay on the CPU. libtpu asks a metadata server and other processes unless told, and cannot read
+    # an entry of the compilation cache back.
+    for name, value in {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+                        "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
+        os.environ.setdefault(name, value)
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+
+def _parse_mesh(text):
+    """Returns {axis: devices} of "fsdp=64,tensor=8"."""
+    pairs = [re.fullmatch(r"\s*(\w+)\s*=\s*(-?\d+)\s*", part) for part in text.split(",")]
+    if not all(pairs):
+        raise UserError(f"--mesh {text!r}: expected axis=devices, such as fsdp=64,tensor=8")
+    return {pair[1]: int(pair[2]) for pair in pairs}
 
 
 if __name__ == "__main__":

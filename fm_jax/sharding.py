@@ -14,7 +14,9 @@ from typing import Any
 from flax import struct
 from flax.core import meta
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
 
 from fm_jax import tree
 from fm_jax.errors import UserError, choose
@@ -179,8 +181,37 @@ def make_mesh(sizes, devices=None) -> Mesh:
     if math.prod(shape) < len(devices) and jax.process_count() > 1:
         raise UserError(f"mesh {_text(shape)} leaves some of the {len(devices)} devices unused, which several "
                         "processes cannot; change --config.mesh")
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES),
-                         devices=devices[: math.prod(shape)])
+    return Mesh(arrange(shape, devices[: math.prod(shape)]), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def arrange(shape, devices) -> np.ndarray:
+    """Returns the devices in a mesh's shape, neighbours in it near each other in their network, where they have one.
+
+    Also of stand-ins, see `topology.Place`. An axis that no side of a TPU's slice fits is laid over parts of sides.
+
+    Raises:
+      UserError: several slices that the axis `slice` does not keep apart.
+    """
+    def within(devices, shape):
+        for split in (False, True):
+            try:
+                return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
+            except NotImplementedError:
+                if split:
+                    raise
+
+    slices = sorted({slice_of(d) for d in devices}) if devices[0].platform == "tpu" else [0]
+    if len(slices) == 1:
+        return within(devices, shape)
+    if len(slices) != shape[0]:
+        raise UserError(f"mesh {_text(shape)}: its axis {MESH_AXES[0]!r} is for what a slow network joins, and the "
+                        f"devices are of {len(slices)} slices; set --config.mesh.{MESH_AXES[0]}={len(slices)}")
+    return np.concatenate([within([d for d in devices if slice_of(d) == s], (1, *shape[1:])) for s in slices])
+
+
+def slice_of(device) -> int:
+    """Returns the number of a TPU's slice; 0 where there is but one, whose devices do not say."""
+    return getattr(device, "slice_index", 0)
 
 
 def _shape(sizes, devices: int | None, where: str) -> tuple[int, ...]:

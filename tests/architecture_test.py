@@ -17,18 +17,20 @@ PACKAGE = ROOT / "fm_jax"
 # A module imports modules of layers below its own, and of its own layer only as SAME_LAYER says. "data" stands for
 # data/ and all in it. A new module takes its place here.
 LAYERS = (
-    ("errors", "architecture", "config", "distributed", "tree", "sharding"),
+    ("errors", "architecture", "config", "distributed", "tree", "sharding", "hlo"),
     ("kernels", "ring", "pipeline", "model", "frontends", "tokenizer"),
     ("objectives", "data", "optim", "checkpoint", "metrics", "gguf"),
-    ("decode", "hf", "scoring", "step"),
-    ("pretrained", "evals", "engine"),
-    ("train", "evaluate", "generate", "serve", "lm_eval", "plan", "benchmark", "prepare", "report", "convert"),
+    ("decode", "hf", "scoring", "step", "topology"),
+    ("pretrained", "evals", "engine", "roofline"),
+    ("train", "evaluate", "generate", "serve", "lm_eval", "plan", "benchmark", "prepare", "report", "convert",
+     "forecast"),
 )
 SAME_LAYER = {
     ("architecture", "errors"), ("config", "errors"), ("config", "architecture"), ("distributed", "errors"),
     ("tree", "errors"), ("sharding", "errors"), ("sharding", "tree"), ("ring", "kernels"), ("model", "kernels"),
     ("model", "ring"), ("model", "pipeline"), ("frontends", "kernels"),
     ("frontends", "model"),
+    ("plan", "forecast"),     # the command prints what this finds
     ("report", "evaluate"),   # the report runs the evaluation that the command does
 }
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "pyarrow", "matplotlib", "sentencepiece", "tokenizers",

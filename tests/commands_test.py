@@ -24,7 +24,7 @@ from fm_jax.step import Program
 
 FLAGS = {"train": ("config", "workdir", "profile"), "evaluate": ("workdir", "tasks", "limit"),
          "generate": ("workdir", "prompt", "temperature"), "prepare": ("source", "tokenizer", "output"),
-         "plan": ("config", "sizes", "devices"), "benchmark": ("config", "steps", "json"),
+         "plan": ("config", "sizes", "topology", "search", "devices"), "benchmark": ("config", "steps", "json"),
          "report": ("workdir", "prompt"), "convert": ("workdir", "from_hf", "to_hf")}
 
 
