@@ -22,8 +22,9 @@ CHOICES = {
     "position": ("rope", "learned", "sinusoidal", "none"),
     "qk_norm": ("none", "head", "full"),
     "remat": ("none", "full", "dots"),
-    "attention_kernel": ("auto", "reference", "chunked"),
+    "attention_kernel": ("auto", "reference", "chunked", "splash", "cudnn"),
     "dtype": ("float32", "bfloat16", "float16"),
+    "matmul_dtype": ("", "int8", "fp8"),
     "param_dtype": ("float32", "bfloat16"),
 }
 
@@ -80,9 +81,10 @@ class Architecture:
 
     dtype: str = "float32"              # of activations and matmuls; norms, softmax and loss are float32
     param_dtype: str = "float32"
+    matmul_dtype: str = ""              # of the projections' operands: int8, fp8, each scaled; "": dtype
     remat: str = "none"                 # full: keep block inputs only; dots: and projections' outputs
     scan_layers: bool = True            # one compiled block; False unrolls: slower to compile, faster on CPU
-    attention_kernel: str = "auto"      # see kernels.py
+    attention_kernel: str = "auto"      # reference, chunked; splash (TPU), cudnn (NVIDIA): see kernels.attention
     loss_chunk_tokens: int = 1024       # cross-entropy makes logits of so many tokens at once
 
     def __post_init__(self):

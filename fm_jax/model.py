@@ -8,6 +8,8 @@ Letters: B batch, T query length, S key length, D width, N heads, K kv heads, G 
 head, H head size, F mlp hidden, V vocabulary, L layers. `x_BTD` has these axes in this order.
 """
 
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -201,7 +203,8 @@ class Attention(nn.Module):
         wv = param(self, "wv", fan_in(D), a.param_dtype, embed=D, kv_heads=K, head=H)
         wo = param(self, "wo", fan_in(K * G * H, (2 * a.num_layers) ** -0.5), a.param_dtype,
                    kv_heads=K, groups=G, head=H, embed=D)
-        q, k, v = kernels.linear(x_BTD, wq), kernels.linear(source, wk), kernels.linear(source, wv)
+        linear = functools.partial(kernels.linear, matmul_dtype=a.matmul_dtype)
+        q, k, v = linear(x_BTD, wq), linear(source, wk), linear(source, wv)
         if a.qkv_bias:
             q += param(self, "q_bias", zeros, a.param_dtype, kv_heads=K, groups=G, head=H).astype(q.dtype)
             k += param(self, "k_bias", zeros, a.param_dtype, kv_heads=K, head=H).astype(k.dtype)
@@ -229,9 +232,9 @@ class Attention(nn.Module):
             k, v = (jnp.concatenate([jnp.broadcast_to(t, (x_BTD.shape[0], *t.shape)), n], axis=1)
                     for t, n in zip(trunk, own))
         attend = kernels.attention if cache is None or self.cross else kernels.attention_to_cache
-        kernel = {"kernel": a.attention_kernel} if attend is kernels.attention else {}
+        kernel = dict(kernel=a.attention_kernel, layout=self.layout) if attend is kernels.attention else {}
         out = attend(q, k, v, mask, scale=a.attention_scale or H ** -0.5, softcap=a.attention_softcap, **kernel)
-        y = kernels.linear(out, wo, inputs=3)
+        y = linear(out, wo, inputs=3)
         if a.attention_out_bias:
             y += param(self, "o_bias", zeros, a.param_dtype, norm=D).astype(y.dtype)
         return y, cache, own
@@ -258,12 +261,13 @@ class Mlp(nn.Module):
         a = self.arch
         D, F, act = a.embed_dim, a.mlp_dim, ACTIVATIONS[a.activation]
         bias = lambda name, **axes: param(self, name, zeros, a.param_dtype, **axes).astype(x_BTD.dtype)
-        h = kernels.linear(x_BTD, param(self, "w_up", fan_in(D), a.param_dtype, embed=D, mlp=F))
+        linear = functools.partial(kernels.linear, matmul_dtype=a.matmul_dtype)
+        h = linear(x_BTD, param(self, "w_up", fan_in(D), a.param_dtype, embed=D, mlp=F))
         if a.mlp_bias:
             h += bias("up_bias", mlp=F)
         gate = None
         if a.gated_mlp:
-            gate = kernels.linear(x_BTD, param(self, "w_gate", fan_in(D), a.param_dtype, embed=D, mlp=F))
+            gate = linear(x_BTD, param(self, "w_gate", fan_in(D), a.param_dtype, embed=D, mlp=F))
             if a.mlp_bias:
                 gate += bias("gate_bias", mlp=F)
 
@@ -271,7 +275,7 @@ class Mlp(nn.Module):
             h = act(h) if gate is None else act(gate) * h
             if self.layout:
                 h = self.layout.constrain(h, "batch", "length", "mlp")
-            return kernels.linear(h, w_down)
+            return linear(h, w_down)
 
         # Only the activation is computed again in the backward pass: less memory for elementwise work.
         y = jax.checkpoint(down)(h, gate, param(self, "w_down", fan_in(F, (2 * a.num_layers) ** -0.5), a.param_dtype,
@@ -361,9 +365,11 @@ class Transformer(nn.Module):
           capture: names out of TAPS to return, each [L, B, T, D]; of "k" and "v" [L, B, T, K, H].
         """
         a, (B, T, _) = self.arch, x_BTD.shape
+        if self.is_initializing():   # on a dummy, and perhaps without the chip whose kernel training asks for
+            a = dataclasses.replace(a, attention_kernel="reference")
         block = Block(a, self.layout, parent=None)
         if self.is_initializing():
-            layers = self.param("layers", self._init_layers)
+            layers = self.param("layers", self._init_layers, a)
         else:
             layers = self.get_variable("params", "layers")
 
@@ -414,9 +420,8 @@ class Transformer(nn.Module):
             x = Norm(a, name="final_norm")(x)
         return x, cache, taps
 
-    def _init_layers(self, key):
+    def _init_layers(self, key, a: Architecture):
         """Returns the boxed parameters of all layers, stacked: each layer from its own key."""
-        a = self.arch
         x = jnp.zeros((1, 1, a.embed_dim), a.dtype)
         mask = kernels.Mask()
         inputs = Inputs(dict.fromkeys(("global", "local"), mask), dict.fromkeys(("global", "local")), x, mask)

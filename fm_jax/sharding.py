@@ -126,6 +126,17 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
+    def platform(self) -> str | None:
+        """"cpu", "tpu", "cuda" or another platform of the mesh's devices; None for a mesh without devices.
+
+        Not the platform of this machine: `plan` compiles for TPUs where there are none.
+        """
+        if not isinstance(self.mesh, Mesh):
+            return None
+        device = self.mesh.devices.flat[0]
+        return "cuda" if device.device_kind.startswith("NVIDIA") else device.platform
+
+    @property
     def batch_parts(self) -> int:
         """Into how many parts the batch axis of activations is cut."""
         return self.parts("batch")

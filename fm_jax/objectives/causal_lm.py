@@ -50,12 +50,14 @@ class CausalLM:
     """The objective. `config.objective_args`:
 
     z_loss: weight of the squared log-normaliser (arXiv:2204.02311, section 5); 0: off.
+    document_mask: tokens see their own document; False: the whole row before them (as in arXiv:2005.14165, section 2.3),
+      with positions that count through it, which attention kernels without segments need.
     fim_rate: share of documents turned into fill-in-the-middle examples (arXiv:2207.14255); 0: off.
     fim_spm_rate: of those, the share in suffix-prefix-middle order; the rest prefix-suffix-middle.
     """
 
-    def __init__(self, config, tokenizer=None, layout: Layout | None = None, *, z_loss=0.0, fim_rate=0.0,
-                 fim_spm_rate=0.5):
+    def __init__(self, config, tokenizer=None, layout: Layout | None = None, *, z_loss=0.0, document_mask=True,
+                 fim_rate=0.0, fim_spm_rate=0.5):
         self.arch = Architecture(**config.model.to_dict())
         self.seq_len = config.seq_len
         if self.seq_len > self.arch.max_seq_len:
@@ -65,7 +67,8 @@ class CausalLM:
         for name, rate in (("fim_rate", fim_rate), ("fim_spm_rate", fim_spm_rate)):
             if not 0 <= rate <= 1:
                 raise UserError(f"config.objective_args.{name}={rate} is a share of documents: between 0 and 1")
-        self.z_loss, self.fim_rate, self.fim_spm_rate = z_loss, fim_rate, fim_spm_rate
+        self.z_loss, self.document_mask = z_loss, document_mask
+        self.fim_rate, self.fim_spm_rate = fim_rate, fim_spm_rate
         self.tokenizer = tokenizer
         if fim_rate and tokenizer is not None and tokenizer.fim_ids is None:
             raise UserError(f"objective_args.fim_rate={fim_rate}: this tokenizer has no fill-in-the-middle tokens; "
@@ -121,8 +124,8 @@ class CausalLM:
         return unplaced.init(key, tokens, method=lambda m, t: m.logits(m(t)[0]))["params"]
 
     def loss(self, params, batch, key=None):
-        hidden, _, _ = self.module.apply({"params": params}, batch["tokens"], batch["positions"],
-                                         batch["segment_ids"], key=key)
+        places = (batch["positions"], batch["segment_ids"]) if self.document_mask else ()
+        hidden, _, _ = self.module.apply({"params": params}, batch["tokens"], *places, key=key)
         weight = batch["weights"]
         loss, (nll, _, correct) = self.module.apply({"params": params}, hidden, batch["targets"], weight, self.z_loss,
                                                     method="loss_sum")
