@@ -17,7 +17,7 @@ from fm_jax import chip_kernels, config as config_lib, kernels, objectives, shar
 from fm_jax.errors import UserError
 from fm_jax.kernels import Mask
 from fm_jax.step import Program
-from tpu import needs_tpu_compiler, tpu_mesh
+from tpu import needs_tpu_compiler, tpu_mesh, uncached
 
 interpreted = functools.partial(chip_kernels.splash, interpret=True)
 # 640 = 5 blocks of 128, 256 = one.
@@ -183,7 +183,7 @@ def test_a_train_step_compiles_with_splash_for_each_tpu(topology):
     """The whole step, forward and backward, over data and tensor: three kernels a layer, and no score matrix."""
     mesh = tpu_mesh(topology, data=2, tensor=2)
     p = program(mesh, **{"model.dtype": "bfloat16", "model.remat": "full", "seq_len": 512, "model.max_seq_len": 512})
-    with jax.enable_compilation_cache(False):
+    with uncached():
         text = p.train_step.lower(p.abstract, p.batch_spec, 0).compile().as_text()
     assert {name for name in ("fwd", "dq", "dkv") if f"splash_mha_{name}" in text} == {"fwd", "dq", "dkv"}
     assert not re.search(r"\[[\d,]*512,512\]", text)

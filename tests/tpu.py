@@ -1,5 +1,6 @@
 """TPU meshes without TPUs, for tests that compile ahead of time: they need the package libtpu, which is optional."""
 
+import contextlib
 import importlib.util
 import os
 
@@ -22,3 +23,14 @@ def tpu_mesh(topology: str, **sizes) -> jax.sharding.Mesh:
     how = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **how).devices
     return sharding.make_mesh(sizes or {"fsdp": len(devices)}, np.array(devices))
+
+
+@contextlib.contextmanager
+def uncached():
+    """The persistent cache cannot read back what was compiled for a topology without devices."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
