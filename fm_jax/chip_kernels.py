@@ -33,7 +33,7 @@ def check_matmul_dtype(matmul_dtype: str, layout) -> None:
 def refusals(kernel: str, q_BTKGH, k_BSKH, mask, *, softcap: float, platform: str | None, context: int) -> list[str]:
     """Returns why `kernel`, "splash" or "cudnn", cannot serve this attention, in words; empty where it can.
 
-    q, k: arrays or shape structs. platform: `Layout.platform`. context: into how many parts the mesh cuts each sequence.
+    q, k: arrays or shape structs. platform: `Layout.platform`. context: into how many parts the mesh cuts a sequence.
     """
     T, S, H = q_BTKGH.shape[1], k_BSKH.shape[1], q_BTKGH.shape[-1]
     home, dtypes = {"splash": ("tpu", ("bfloat16", "float32")), "cudnn": ("cuda", ("bfloat16", "float16"))}[kernel]

@@ -37,9 +37,9 @@ def linear(x, w, inputs: int = 1, *, matmul_dtype: str = ""):
     return y.reshape(*lead, *outs)
 
 
-# matmul_dtype -> of a factor, of a gradient, of a gradient where the weight's is made (None: not rounded). A gradient in
-# fp8 gets more range and less precision (arXiv:2209.05433). The weight's gradient sums over all tokens of the batch, for
-# which int8 is too coarse (arXiv:2304.13013, section 2.2).
+# matmul_dtype -> of a factor, of a gradient, of a gradient where the weight's is made (None: not rounded). A gradient
+# in fp8 gets more range and less precision (arXiv:2209.05433). The weight's gradient sums over all tokens of the batch,
+# for which int8 is too coarse (arXiv:2304.13013, section 2.2).
 MATMUL_DTYPES = {
     "int8": (jnp.int8, jnp.int8, None),
     "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float8_e5m2),
@@ -51,8 +51,8 @@ def scaled_matmul(x, w, matmul_dtype: str):
     """Returns x [n, i] @ w [i, o] in x's dtype, from 8-bit copies of both; sums in int32 or float32.
 
     Each row of x and each column of w has a scale of its own, such that its largest element becomes the type's largest.
-    The backward pass does the same with the gradient. Not Qwix: what of it can be differentiated rewrites a whole model's
-    operations, or is private.
+    The backward pass does the same with the gradient. Not Qwix: what of it can be differentiated rewrites the
+    operations of a whole Flax module, or is private.
     """
     factor, _, _ = MATMUL_DTYPES[matmul_dtype]
     return _scaled_product(x, w, factor, factor)
@@ -221,7 +221,8 @@ def attention(q_BTKGH, k_BSKH, v_BSKH, mask: Mask, *, scale: float, softcap: flo
     if kernel == "auto" and T < QUERY_CHUNK:
         kernel = "reference"
     elif kernel == "auto":
-        kernel = next((chip for chip in ("splash", "cudnn") if not refusals(chip)), "reference" if indexed else "chunked")
+        plain = "reference" if indexed else "chunked"
+        kernel = next((chip for chip in ("splash", "cudnn") if not refusals(chip)), plain)
     elif kernel in ("splash", "cudnn") and (reasons := refusals(kernel)):
         raise UserError(f"model.attention_kernel={kernel!r} cannot serve this attention: {'; '.join(reasons)}. "
                         "Set it to 'auto', which takes a kernel that can")

@@ -15,17 +15,17 @@ FLAGS = {
     # Measured on what libtpu 0.0.42 compiles ahead of time: four mlp layers of width 2,048 under fsdp over 16 devices,
     # forward and backward, 2026-11. No TPU has run it.
     "tpu": {
-        # No products cut into steps that each wait for a neighbour's piece: with the compiler's own threshold v5p (2x2x4)
-        # had 660 of them and 35.6 M estimated cycles, without 9.2 M; v6e (4x4) 17.4 M and 5.9 M.
+        # No products cut into steps that each wait for a neighbour's piece: with the compiler's own threshold v5p
+        # (2x2x4) had 660 of them and 35.6 M estimated cycles, without 9.2 M; v6e (4x4) 17.4 M and 5.9 M.
         "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
-        # All-gathers of the next weights run beside the products, some fused into them: on v5p none of 16 did, then all,
-        # 8.6 M cycles. On v5e they do without. multiple_steps: one gather may last over several products.
+        # All-gathers of the next weights run beside the products, some fused into them: on v5p none of 16 did, then
+        # all, 8.6 M cycles. On v5e they do without. multiple_steps: one gather may last over several products.
         "xla_enable_async_all_gather": True,
         "xla_tpu_enable_async_collective_fusion": True,
         "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
         "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
         "xla_tpu_overlap_compute_collective_tc": True,
-        # The same for all-reduces, as which gradients over one flat axis are summed: none of 4 was asynchronous, then all.
+        # The same for all-reduces, as which gradients over one flat axis are summed: none of 4, then all.
         "xla_enable_async_all_reduce": True,
         "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
     },

@@ -1,7 +1,7 @@
 """The chips' own attention kernels: the numbers they give, what they refuse, and which of them "auto" takes.
 
-Splash attention runs here in Pallas' interpreter. cuDNN cannot run here: JAX's own einsum form takes the same arguments,
-so what is tested is which mask, scale and heads they say. Inputs, masks and tolerances as in kernels_test.py.
+Splash attention runs here in Pallas' interpreter. cuDNN cannot run here: JAX's own einsum form takes the same
+arguments, so what is tested is which mask, scale and heads they say. Inputs, masks and tolerances: kernels_test.py.
 """
 
 import functools
@@ -132,7 +132,8 @@ def test_a_kernel_asked_for_by_name_is_never_replaced():
     q, k, v, mask, how = case(T=130, prefix=True)
     with pytest.raises(UserError, match="model.attention_kernel='splash'.*runs on tpu.*multiples of 128, not 130.*"
                                         "prefix.*Set it to 'auto'"):
-        kernels.attention(q, k, v, mask, kernel="splash", layout=sharding.Layout(sharding.make_mesh({"data": 8})), **how)
+        kernels.attention(q, k, v, mask, kernel="splash", layout=sharding.Layout(sharding.make_mesh({"data": 8})),
+                          **how)
 
 
 @pytest.mark.parametrize("name", ["packed_window", "prefix_window_packed", "bidirectional_window", "softcap"])
@@ -164,8 +165,8 @@ def test_the_model_takes_the_kernel_of_its_chip(monkeypatch):
         p.train_step.trace(p.abstract, p.batch_spec, 0).jaxpr.jaxpr))
     assert counted(program()) == 0
     monkeypatch.setattr(sharding.Layout, "platform", "tpu")
-    for changes, calls in (({}, 3), ({"model.attention_kernel": "splash"}, 3), ({"model.attention_kernel": "chunked"}, 0),
-                           ({"seq_len": 200}, 0)):
+    for changes, calls in (({}, 3), ({"model.attention_kernel": "splash"}, 3),
+                           ({"model.attention_kernel": "chunked"}, 0), ({"seq_len": 200}, 0)):
         assert counted(program(**changes)) == calls, changes   # forward, gradient of q, gradients of k and v
 
 

@@ -40,7 +40,7 @@ def compile_with(options, mesh=None):
 
 
 def test_the_compiler_knows_the_options_of_cpu_and_gpu():
-    """The names of both are in every XLA that is not a TPU's: this machine's compiler takes a GPU's and ignores them."""
+    """The names of both are in every XLA that is not a TPU's: a CPU's compiler takes a GPU's and ignores them."""
     for platform in ("cpu", "cuda"):
         compile_with(xla_flags.FLAGS[platform])
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):

@@ -50,8 +50,8 @@ class CausalLM:
     """The objective. `config.objective_args`:
 
     z_loss: weight of the squared log-normaliser (arXiv:2204.02311, section 5); 0: off.
-    document_mask: tokens see their own document; False: the whole row before them (as in arXiv:2005.14165, section 2.3),
-      with positions that count through it, which attention kernels without segments need.
+    document_mask: tokens see their own document; False: the whole row before them, with positions that count through
+      it (arXiv:2005.14165, appendix B), which is quicker where an attention kernel has no segments.
     fim_rate: share of documents turned into fill-in-the-middle examples (arXiv:2207.14255); 0: off.
     fim_spm_rate: of those, the share in suffix-prefix-middle order; the rest prefix-suffix-middle.
     """

@@ -1,12 +1,12 @@
 """Measures fm_jax on one GPU: training beside PyTorch (compiled, flash attention), decoding beside its bound.
 
-Training: a Llama of 1.2B parameters at 4,096 tokens, bfloat16 matmuls on float32 parameters, AdamW. Each side first tries
-batch sizes with and without recomputation and keeps its fastest; then both run in turns, each in a process of its own,
-the order swapped from round to round. The figure is the median over rounds of the ratio within a round. FLOPs of both
-are counted alike, causal attention at half, recomputation not.
+Training: a Llama of 1.2B parameters at 4,096 tokens, bfloat16 matmuls on float32 parameters, AdamW. Each side first
+tries batch sizes with and without recomputation and keeps its fastest; then both run in turns, each in a process of its
+own, the order swapped from round to round. The figure is the median over rounds of the ratio within a round. FLOPs of
+both are counted alike, causal attention at half, recomputation not.
 
-Decoding: the same model in bfloat16, greedy, at 1, 8 and 64 rows of about 1,100 tokens. The bound is the time to read the
-weights and the valid part of the cache once at the memory bandwidth of the maker's data sheet.
+Decoding: the same model in bfloat16, greedy, at 1, 8 and 64 rows of about 1,100 tokens. The bound is the time to read
+the weights and the valid part of the cache once at the memory bandwidth of the maker's data sheet.
 
 Try:  bash tests/peers/gpu.sh          python tests/peers/gpu.py --tiny --peer_python .venv-torch/bin/python
 """
@@ -45,8 +45,8 @@ def sides(args):
     for batch in args.batches:
         for remat in ("none", "dots", "full"):
             ours[f"batch {batch}, remat {remat}"] = [
-                sys.executable, "-m", "fm_jax.benchmark", "--json", "--steps", args.steps, "--warmup_steps", args.warmup,
-                "--config", f"configs/causal_lm.py:{'tiny' if args.tiny else '1b'}", f"--config.batch_size={batch}",
+                sys.executable, "-m", "fm_jax.benchmark", "--json", "--steps", args.steps,
+                "--warmup_steps", args.warmup, "--config", f"configs/causal_lm.py:{'tiny' if args.tiny else '1b'}", f"--config.batch_size={batch}",
                 f"--config.seq_len={64 if args.tiny else 4096}", f"--config.model.remat={remat}",
                 "--config.model.dtype=bfloat16", "--config.mesh.data=1",
                 "--config.objective_args.document_mask=False", *args.ours]   # theirs has no documents either
@@ -63,12 +63,14 @@ def train(args):
     for side, settings in sides(args).items():
         for words, command in settings.items():
             got, error = call(command)
-            print(f"  {side:<8} {words:<32} " + (f"{got['tokens_per_s']:>10,.0f} tokens/s" if got else error), flush=True)
+            told = f"{got['tokens_per_s']:>10,.0f} tokens/s" if got else error
+            print(f"  {side:<8} {words:<32} {told}", flush=True)
             if got and (side not in best or got["tokens_per_s"] > best[side][2]):
                 best[side] = words, command, got["tokens_per_s"]
         if side not in best:
             raise SystemExit(f"{side}: no setting ran")
-    print(f"{'round':>5} {'ours tok/s':>11} {'MFU':>6} {'GB':>6} {'PyTorch tok/s':>14} {'MFU':>6} {'GB':>6} {'ratio':>6}")
+    print(f"{'round':>5} {'ours tok/s':>11} {'MFU':>6} {'GB':>6} {'PyTorch tok/s':>14} {'MFU':>6} {'GB':>6} "
+          f"{'ratio':>6}")
     ratios, mfus = [], []
     for i in range(args.rounds):
         got = {}
@@ -120,7 +122,8 @@ def decode(args):
             np.asarray(drawn.token)
             times.append((time.perf_counter() - begin) / k)
         cached = prompt + k + k * dispatches / 2   # on average over what was timed
-        size = 2 * arch.matmul_param_count() + 2 * 2 * batch * cached * arch.num_layers * arch.num_kv_heads * arch.head_dim
+        cache = 2 * 2 * batch * cached * arch.num_layers * arch.num_kv_heads * arch.head_dim
+        size = 2 * arch.matmul_param_count() + cache
         rows.append([batch, statistics.median(times[1:]), size])
     print(json.dumps({"device": jax.devices()[0].device_kind, "rows": rows}))
 

@@ -16,11 +16,11 @@ import tempfile
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = {   # name -> flags
-    "float32": ["--config.model.dtype=float32"],
     "bfloat16": ["--config.model.dtype=bfloat16"],
-    "bfloat16, another seed": ["--config.model.dtype=bfloat16", "--config.seed=1"],
     "int8": ["--config.model.dtype=bfloat16", "--config.model.matmul_dtype=int8"],
     "fp8": ["--config.model.dtype=bfloat16", "--config.model.matmul_dtype=fp8"],
+    "bfloat16, another seed": ["--config.model.dtype=bfloat16", "--config.seed=1"],
+    "float32": ["--config.model.dtype=float32"],
 }
 
 
@@ -47,12 +47,13 @@ def main():
                     folder / "data", "--config.model.vocab_size=1024", "--config.model.num_layers=4",
                     "--config.model.embed_dim=128", "--config.model.mlp_dim=352", "--config.model.max_seq_len=128",
                     "--config.seq_len=128", "--config.batch_size=16", f"--config.steps={args.steps}",
-                    f"--config.log.every={args.steps // 4}", "--config.eval.every=100%", "--config.checkpoint.every=100%",
-                    "--config.mesh.data=1", *how)
+                    f"--config.log.every={args.steps // 4}", "--config.eval.every=100%",
+                    "--config.checkpoint.every=100%", "--config.mesh.data=1", *how)
             rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             losses = {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
             validation = [row["validation/loss"] for row in rows if "validation/loss" in row][-1]
-            print(f"{name:<24}" + "".join(f"{losses[step]:>10.4f}" for step in places) + f"{validation:>12.4f}", flush=True)
+            row = "".join(f"{losses[step]:>10.4f}" for step in places)
+            print(f"{name:<24}{row}{validation:>12.4f}", flush=True)
 
 
 if __name__ == "__main__":
