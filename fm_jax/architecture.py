@@ -21,7 +21,7 @@ CHOICES = {
     "activation": ("gelu", "gelu_tanh", "silu", "relu"),
     "position": ("rope", "learned", "sinusoidal", "none"),
     "qk_norm": ("none", "head", "full"),
-    "remat": ("none", "full", "dots"),
+    "remat": ("none", "full", "dots", "offload_full", "offload_dots"),
     "attention_kernel": ("auto", "reference", "chunked", "splash", "cudnn"),
     "dtype": ("float32", "bfloat16", "float16"),
     "matmul_dtype": ("", "int8", "fp8"),
@@ -82,8 +82,11 @@ class Architecture:
     dtype: str = "float32"              # of activations and matmuls; norms, softmax and loss are float32
     param_dtype: str = "float32"
     matmul_dtype: str = ""              # of the projections' operands: int8, fp8, each scaled; "": dtype
-    remat: str = "none"                 # full: keep block inputs only; dots: and projections' outputs
+    remat: str = "none"                 # full: keep block inputs only; dots: and projections' outputs; offload_full,
+                                        # offload_dots: keep the former, or the latter, in the host's memory
     scan_layers: bool = True            # one compiled block; False unrolls: slower to compile, faster on CPU
+    pipeline_microbatches: int = 0      # of a batch, on a mesh with stages; 0: as many as stages. More: less idle time
+    pipeline_repeats: int = 1           # rounds of a microbatch through the stages, some layers each: less idle time too
     attention_kernel: str = "auto"      # reference, chunked; splash (TPU), cudnn (NVIDIA): see kernels.attention
     loss_chunk_tokens: int = 1024       # cross-entropy makes logits of so many tokens at once
 
@@ -91,10 +94,11 @@ class Architecture:
         set_ = lambda name, value: object.__setattr__(self, name, value)
         set_("layer_pattern", tuple(self.layer_pattern))
         set_("rope_scaling", dict(self.rope_scaling))
-        for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "max_seq_len", "loss_chunk_tokens"):
+        for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "max_seq_len", "loss_chunk_tokens",
+                     "pipeline_repeats"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         for name in ("num_kv_heads", "head_dim", "mlp_dim", "window", "rope_local_theta", "attention_scale",
-                     "attention_softcap", "logit_softcap"):
+                     "attention_softcap", "logit_softcap", "pipeline_microbatches"):
             _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "must be 0 or more")
         if not self.num_kv_heads:
             set_("num_kv_heads", self.num_heads)

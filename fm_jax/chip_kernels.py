@@ -138,8 +138,4 @@ def _on_each_device(f, layout, q_BTKGH, k_BSKH, v_BSKH, *rows):
     q_spec = spec(q_BTKGH, "batch", "length", "kv_heads", "groups", "head")
     k_spec = spec(k_BSKH, "batch", "length", "kv_heads", "head")
     row_specs = [PartitionSpec() if len(a) == 1 else spec(a, "batch", None) for a in rows]
-    around = jax.sharding.get_abstract_mesh()   # of a shard_map that this is in, as a pipeline's
-    mesh = around if around.manual_axes else layout.mesh
-    return jax.shard_map(f, mesh=mesh, in_specs=(q_spec, k_spec, k_spec, *row_specs), out_specs=q_spec,
-                         axis_names=set(mesh.axis_names) - set(around.manual_axes), check_vma=False)(
-                             q_BTKGH, k_BSKH, v_BSKH, *rows)
+    return layout.on_each_device(f, (q_spec, k_spec, k_spec, *row_specs), q_spec)(q_BTKGH, k_BSKH, v_BSKH, *rows)

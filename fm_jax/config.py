@@ -33,6 +33,7 @@ CHOICES = {
     "optimizer.name": ("adamw", "lion", "adafactor", "muon"),
     "optimizer.schedule": ("cosine", "wsd", "linear", "constant"),
     "optimizer.moment_dtype": ("float32", "bfloat16"),
+    "optimizer.offload": ("none", "host"),
     "checkpoint.on_corrupt": ("stop", "previous"),
 }
 OPEN = ("objective_args", "model.rope_scaling")   # sections whose keys depend on another value; checked where used
@@ -81,6 +82,7 @@ def defaults() -> ml_collections.ConfigDict:
     o.ema_decay = 0.0                    # EMA of the parameters; 0: off
     o.muon_learning_rate = 0.02          # muon: peak for the matrices; the rest follows adamw's
     o.moment_dtype = "float32"           # of the first moment
+    o.offload = "none"                   # host: the optimizer's state is on the device during its update alone
 
     c.mesh = m = ml_collections.ConfigDict()   # devices per axis; -1: all that remain
     m.slice = 1                          # slices or hosts joined by a slow network: gradients alone cross it

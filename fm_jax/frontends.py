@@ -64,7 +64,15 @@ class TokenEmbed(nn.Module):
 
         All logits are never there at once.
         """
-        a, parts = self.arch, self.layout.batch_parts if self.layout else 1
-        return kernels.cross_entropy_sum(x_BTD, self.head, labels_BT, weights_BT, z_loss=z_loss,
-                                         softcap=a.logit_softcap,
-                                         chunk_length=max(1, a.loss_chunk_tokens * parts // x_BTD.shape[0]))
+        a, layout, (B, T) = self.arch, self.layout, labels_BT.shape
+        n, parts = (layout.parts("length"), layout.parts("pieces")) if layout else (1, 1)
+        # Where sequences are cut, the pieces that a device has are rows of their own, and stay on it.
+        apart = lambda x: x.reshape(B, n, T // n, *x.shape[2:]).swapaxes(0, 1).reshape(n * B, T // n, *x.shape[2:])
+        together = lambda x: x.reshape(n, B, T // n).swapaxes(0, 1).reshape(B, T)
+        rows = [x_BTD, labels_BT, weights_BT]
+        if n > 1:
+            rows = [layout.constrain(apart(x), "pieces", *(None,) * (x.ndim - 1)) for x in rows]
+        total, tokens = kernels.cross_entropy_sum(
+            rows[0], self.head, rows[1], rows[2], z_loss=z_loss, softcap=a.logit_softcap,
+            chunk_length=max(1, a.loss_chunk_tokens * parts // (n * B)))
+        return total, tuple(map(together, tokens)) if n > 1 else tokens

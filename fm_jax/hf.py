@@ -162,7 +162,7 @@ _ROPE_KEYS = {"factor": "factor", "low_freq_factor": "low_freq_factor", "high_fr
               "beta_slow": "beta_slow", "attention_factor": "attention_factor"}
 # Fields of Architecture that say how it is computed, and not what.
 _COMPUTE = ("dtype", "param_dtype", "matmul_dtype", "remat", "scan_layers", "attention_kernel", "loss_chunk_tokens",
-            "dropout")
+            "dropout", "pipeline_microbatches", "pipeline_repeats")
 
 
 # --- Settings

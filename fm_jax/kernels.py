@@ -288,12 +288,42 @@ def _blocks(T, S, mask, chunk):
     causal, window, has_prefix = mask.causal, mask.window, mask.k_prefix_BS is not None
     for start in range(0, T, chunk):
         stop = min(start + chunk, T)
+        if mask.k_first_BS is None and mask.k_index_BS is not None:   # what is seen depends on the indices
+            yield slice(start, stop), slice(0, S)
+            continue
         if mask.k_first_BS is not None:   # the last T keys are the queries' own
             yield slice(start, stop), slice(0, S - T + stop)
             continue
         first = max(0, start - window + 1) if window else 0
         last = stop if causal and not has_prefix else min(S, stop + window - 1) if window else S
         yield slice(start, stop), slice(first // chunk * chunk, last)
+
+
+def partial_attention(q_BTKGH, k_BSKH, v_BSKH, mask: Mask, *, scale, softcap=0.0):
+    """Returns (attention to these keys alone, float32 [B, K, G, T, H], log of the sum of weights [B, K, G, T, 1]).
+
+    By blocks of queries, for a caller that brings several such parts together. A query that sees none of the keys has a
+    log of NEVER / 2. The mask has index arrays.
+    """
+    q, k, v = _heads_first(q_BTKGH, k_BSKH, v_BSKH)
+    return _blocks_forward(q, k, v, mask, scale, softcap, max(QUERY_CHUNK, -(-q.shape[3] // MOST_QUERY_CHUNKS)))
+
+
+def partial_attention_gradient(q_BTKGH, k_BSKH, v_BSKH, mask: Mask, out_BTKGH, lse_BKGT1, dout_BTKGH, *, scale,
+                               softcap=0.0):
+    """Returns the share of these keys in the gradients (dq, dk, dv) [B, T or S, K, ...], float32.
+
+    out, lse: of the attention to all keys, dout: its gradient.
+    """
+    q, k, v = _heads_first(q_BTKGH, k_BSKH, v_BSKH)
+    out, dout = (x.transpose(0, 2, 3, 1, 4) for x in (out_BTKGH, dout_BTKGH))
+    dq, dk, dv = _blocks_backward(q, k, v, mask, out, lse_BKGT1, dout, scale, softcap,
+                                  max(QUERY_CHUNK, -(-q.shape[3] // MOST_QUERY_CHUNKS)))
+    return dq.transpose(0, 3, 1, 2, 4), dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3)
+
+
+def _heads_first(q_BTKGH, k_BSKH, v_BSKH):
+    return q_BTKGH.transpose(0, 2, 3, 1, 4), k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -310,9 +340,15 @@ def _block_scores(q, k, mask, rows, cols, scale, softcap):
 
 
 def _chunked_forward(q_BTKGH, k_BSKH, v_BSKH, arrays, static):
-    causal, window, scale, softcap, chunk = static
-    mask = Mask(causal, window, *arrays)
-    q, k, v = q_BTKGH.transpose(0, 2, 3, 1, 4), k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
+    causal, window, *how = static
+    q, k, v = _heads_first(q_BTKGH, k_BSKH, v_BSKH)
+    out, lse = _blocks_forward(q, k, v, Mask(causal, window, *arrays), *how)
+    out = out.astype(q.dtype)
+    return out.transpose(0, 3, 1, 2, 4), (q, k, v, arrays, out, lse)
+
+
+def _blocks_forward(q, k, v, mask, scale, softcap, chunk):
+    """Returns (out [B, K, G, T, H], log of the sum of weights [B, K, G, T, 1]), float32."""
     outs, lses = [], []
     for rows, cols in _blocks(q.shape[3], k.shape[2], mask, chunk):
         s = _block_scores(q, k, mask, rows, cols, scale, softcap)
@@ -320,20 +356,26 @@ def _chunked_forward(q_BTKGH, k_BSKH, v_BSKH, arrays, static):
         p = jnp.exp(s - top)
         total = p.sum(-1, keepdims=True)
         out = jnp.einsum("bkgts,bksh->bkgth", p.astype(v.dtype), v[:, :, cols], preferred_element_type=jnp.float32)
-        outs.append((out / total).astype(q.dtype))
+        outs.append(out / total)
         # The bound is for a query that sees no key: against it, scores of NEVER have weight 0 in the backward pass.
         lses.append(jnp.maximum(top + jnp.log(total), NEVER / 2))
-    out = jnp.concatenate(outs, axis=3)
-    lse = jnp.concatenate(lses, axis=3)
-    return out.transpose(0, 3, 1, 2, 4), (q, k, v, arrays, out, lse)
+    return jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
 
 
 def _chunked_backward(static, saved, dout_BTKGH):
-    """Source: arXiv:2205.14135 (FlashAttention), appendix B, without its inner loop over keys."""
-    causal, window, scale, softcap, chunk = static
+    causal, window, *how = static
     q, k, v, arrays, out, lse = saved
-    mask = Mask(causal, window, *arrays)
     dout = dout_BTKGH.transpose(0, 2, 3, 1, 4)
+    dq, dk, dv = _blocks_backward(q, k, v, Mask(causal, window, *arrays), out, lse, dout, *how)
+    return (dq.astype(q.dtype).transpose(0, 3, 1, 2, 4), dk.astype(k.dtype).transpose(0, 2, 1, 3),
+            dv.astype(v.dtype).transpose(0, 2, 1, 3), (None,) * len(arrays))
+
+
+def _blocks_backward(q, k, v, mask, out, lse, dout, scale, softcap, chunk):
+    """Returns (dq, dk, dv), dk and dv in float32. out, lse: of all keys that there are, perhaps more than these.
+
+    Source: arXiv:2205.14135 (FlashAttention), appendix B, without its inner loop over keys.
+    """
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
     dqs, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for rows, cols in _blocks(q.shape[3], k.shape[2], mask, chunk):
@@ -350,8 +392,7 @@ def _chunked_backward(static, saved, dout_BTKGH):
                                               preferred_element_type=jnp.float32))
         dv = dv.at[:, :, cols].add(jnp.einsum("bkgts,bkgth->bksh", p.astype(do.dtype), do,
                                               preferred_element_type=jnp.float32))
-    dq = jnp.concatenate(dqs, axis=3).transpose(0, 3, 1, 2, 4)
-    return dq, dk.astype(k.dtype).transpose(0, 2, 1, 3), dv.astype(v.dtype).transpose(0, 2, 1, 3), (None,) * len(arrays)
+    return jnp.concatenate(dqs, axis=3), dk, dv
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

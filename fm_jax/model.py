@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax import kernels
+from fm_jax import kernels, pipeline, ring
 from fm_jax.architecture import ROPE_SCALINGS, Architecture
 from fm_jax.errors import UserError
 from fm_jax.sharding import Boxed, Layout, is_boxed
@@ -25,6 +26,8 @@ from fm_jax.sharding import Boxed, Layout, is_boxed
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,                      # keeps the input of each block
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,      # and the outputs of its projections
+    "offload_full": pipeline.OFFLOAD_BLOCK_INPUTS,                         # the former, on the host
+    "offload_dots": pipeline.OFFLOAD_DOTS,                                 # the latter, on the host
 }
 # What `capture` can name: block output, what each sublayer adds, and the keys and values that attention makes.
 TAPS = ("residual", "attention", "mlp", "k", "v")
@@ -66,11 +69,16 @@ class Norm(nn.Module):
         return kernels.norm(x, scale, bias, a.norm_eps, a.norm == "layernorm")
 
 
-def dropout(x, rate: float, key):
-    """Returns x with a share `rate` of its elements zeroed and the rest scaled up; x itself where key is None."""
+def dropout(x, rate: float, key, dealt=lambda keep: keep):
+    """Returns x with a share `rate` of its elements zeroed and the rest scaled up; x itself where key is None.
+
+    key: one, or one for each row of x: then what is drawn for a row does not depend on the other rows.
+    dealt: brings what is drawn, in the order of the sequence, into the order of x.
+    """
     if key is None or rate == 0:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    draw = lambda key, x: jax.random.bernoulli(key, 1 - rate, x.shape)
+    keep = dealt(jax.vmap(draw)(key, x) if key.ndim else draw(key, x))
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
@@ -231,9 +239,12 @@ class Attention(nn.Module):
         if trunk is not None:
             k, v = (jnp.concatenate([jnp.broadcast_to(t, (x_BTD.shape[0], *t.shape)), n], axis=1)
                     for t, n in zip(trunk, own))
-        attend = kernels.attention if cache is None or self.cross else kernels.attention_to_cache
-        kernel = dict(kernel=a.attention_kernel, layout=self.layout) if attend is kernels.attention else {}
-        out = attend(q, k, v, mask, scale=a.attention_scale or H ** -0.5, softcap=a.attention_softcap, **kernel)
+        attend = functools.partial(kernels.attention, kernel=a.attention_kernel, layout=self.layout)
+        if cache is not None and not self.cross:
+            attend = kernels.attention_to_cache
+        elif _cut(self.layout):
+            attend = functools.partial(ring.attention, layout=self.layout)
+        out = attend(q, k, v, mask, scale=a.attention_scale or H ** -0.5, softcap=a.attention_softcap)
         y = linear(out, wo, inputs=3)
         if a.attention_out_bias:
             y += param(self, "o_bias", zeros, a.param_dtype, norm=D).astype(y.dtype)
@@ -301,22 +312,25 @@ class Block(nn.Module):
     layout: Layout | None = None
 
     @nn.compact
-    def __call__(self, x_BTD, inputs: Inputs, kind: str, key=None, cache=None, trunk=None):
-        """Returns (x [B, T, D], cache of this layer, taps)."""
+    def __call__(self, x_BTD, inputs: Inputs, kind: str, key_B=None, cache=None, trunk=None):
+        """Returns (x [B, T, D], cache of this layer, taps). key_B: of each row's dropout."""
         a = self.arch
-        keys = jax.random.split(key, 3) if key is not None else (None,) * 3
+        keys = jax.vmap(lambda k: jax.random.split(k, 3), out_axes=1)(key_B) if key_B is not None else (None,) * 3
         made = None   # keys and values
+        # Few tokens, as of a step of decoding, are not cut.
+        length = "between" if self.layout and x_BTD.shape[1] % self.layout.parts("between") == 0 else "length"
+        dealt = lambda x: ring.deal(x, ("batch", "length", "embed"), self.layout) if _cut(self.layout) else x
 
         def sublayer(x, name, f, key):
             before = a.norm_position in ("pre", "sandwich")
             y = f(Norm(a, name=f"{name}_norm")(x) if before else x)
             if a.norm_position in ("sandwich", "output"):
                 y = Norm(a, name=f"{name}_out_norm")(y)
-            y = dropout(y, a.dropout, key)
+            y = dropout(y, a.dropout, key, dealt)
             x = x + y
             if a.norm_position == "post":
                 x = Norm(a, name=f"{name}_norm")(x)
-            return self.layout.constrain(x, "batch", "length", "embed") if self.layout else x, y
+            return self.layout.constrain(x, "batch", length, "embed") if self.layout else x, y
 
         def attend(x):
             nonlocal cache, made
@@ -373,6 +387,21 @@ class Transformer(nn.Module):
         else:
             layers = self.get_variable("params", "layers")
 
+        cut = _cut(self.layout)
+        if cut:
+            if cache is not None or last_BT is not None or a.cross_attention:
+                raise UserError("mesh.context cuts sequences in training alone; caches, trees of tokens and cross "
+                                "attention need a mesh with context=1")
+            deal = lambda x, *axes: None if x is None else ring.deal(x, ("batch", "length", *axes), self.layout)
+            if positions_BT is None:
+                positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+            x_BTD, positions_BT = deal(x_BTD, "embed"), deal(positions_BT)
+            segment_ids_BT, prefix_BT = deal(segment_ids_BT), deal(prefix_BT)
+
+        stages = pipeline.schedule(a, self.layout)
+        if stages and (cache is not None or last_BT is not None):
+            raise UserError(f"mesh.stage={stages.stages}: a pipeline is for training; decode and score on a mesh with "
+                            "stage=1, as in --mesh fsdp=4,tensor=2")
         index_BT, places, kinds = None, {}, a.layer_kinds
         if cache is not None:
             if segment_ids_BT is not None or prefix_BT is not None:
@@ -401,10 +430,11 @@ class Transformer(nn.Module):
         inputs = Inputs(masks,
                         {k: rope_table(a, k, positions_BT) if a.position == "rope" else None for k in set(kinds)},
                         context_BSD, context_mask)
-        keys = jax.random.split(key, a.num_layers) if key is not None else None
+        # Of each row: what is drawn for it does not depend on how the batch is cut into microbatches.
+        keys_LB = jax.random.split(key, (a.num_layers, B)) if key is not None else None
 
-        def apply(x, layer, key, kind, layer_cache=None, layer_trunk=None):
-            x, layer_cache, taps = block.apply({"params": layer}, x, inputs, kind, key, layer_cache, layer_trunk)
+        def apply(x, layer, key_B, kind, layer_cache=None, layer_trunk=None):
+            x, layer_cache, taps = block.apply({"params": layer}, x, inputs, kind, key_B, layer_cache, layer_trunk)
             return x, layer_cache, {name: taps[name] for name in capture}
 
         if cache is not None:
@@ -414,11 +444,45 @@ class Transformer(nn.Module):
                 ks, vs, taps = [*ks, k], [*vs, v], [*taps, tap]
             cache = Cache(tuple(ks), tuple(vs), cache.length_B + (T if cache.count_B is None else cache.count_B))
             taps = jax.tree.map(lambda *t: jnp.stack(t), *taps)
+        elif stages:
+            x, taps = self._through_stages(x_BTD, layers, inputs, keys_LB, capture, stages)
         else:
-            x, taps = _through_layers(apply, x_BTD, layers, keys, trunk and (trunk.k, trunk.v), a)
+            x, taps = _through_layers(apply, x_BTD, layers, keys_LB, trunk and (trunk.k, trunk.v), a)
+        if cut:
+            x = ring.collect(x, ("batch", "length", "embed"), self.layout)
+            width = lambda name: ("kv_heads", "head") if name in ("k", "v") else ("embed",)
+            taps = {name: ring.collect(tap, (None, "batch", "length", *width(name)), self.layout)
+                    for name, tap in taps.items()}
         if a.final_norm:
             x = Norm(a, name="final_norm")(x)
         return x, cache, taps
+
+    def _through_stages(self, x_BTD, layers, inputs, keys_LB, capture, schedule):
+        """Returns (x, taps [L, ...]) after all layers, each on its stage of the mesh."""
+        a = self.arch
+        leaves, treedef = jax.tree.flatten(inputs)   # those that are no arrays are the same for every row
+        per_row = {"inputs": [leaf if isinstance(leaf, jax.Array) else None for leaf in leaves]}
+        if keys_LB is not None:
+            per_row["keys"] = jax.random.key_data(keys_LB).swapaxes(0, 1)
+
+        def group(layers, first, x, per_row, layout):
+            # What a step keeps is moved to the host once, by the policy of the step.
+            own = dataclasses.replace(a, num_layers=jax.tree.leaves(layers)[0].shape[0],
+                                      remat=a.remat.removeprefix("offload_"))
+            inputs = treedef.unflatten([leaf if row is None else row for leaf, row in zip(leaves, per_row["inputs"])])
+            keys = None
+            if keys_LB is not None:
+                keys = jax.lax.dynamic_slice_in_dim(per_row["keys"].swapaxes(0, 1), first, own.num_layers)
+                keys = jax.random.wrap_key_data(keys, impl=jax.random.key_impl(keys_LB))
+            block = Block(a, layout, parent=None)
+
+            def apply(x, layer, key_B, kind, *_):
+                x, _, taps = block.apply({"params": layer}, x, inputs, kind, key_B)
+                return x, None, {name: taps[name] for name in capture}
+
+            return _through_layers(apply, x, layers, keys, None, own)
+
+        return pipeline.through_layers(group, layers, x_BTD, per_row, schedule, self.layout, pipeline.keeping(a.remat))
 
     def _init_layers(self, key, a: Architecture):
         """Returns the boxed parameters of all layers, stacked: each layer from its own key."""
@@ -428,6 +492,20 @@ class Transformer(nn.Module):
         block = Block(a, None, parent=None)
         boxed = jax.vmap(lambda k: block.init(k, x, inputs, "global")["params"])(jax.random.split(key, a.num_layers))
         return jax.tree.map(lambda b: b.add_axis(0, {"name": "layers"}), boxed, is_leaf=is_boxed)
+
+
+def check(arch: Architecture, length: int, layout: Layout) -> None:
+    """Raises UserError where the mesh cannot train a stack on sequences of `length`, before anything is compiled."""
+    if not _cut(layout):
+        return
+    ring.check(length, layout)
+    if arch.attention_kernel != "auto":
+        raise UserError(f"model.attention_kernel={arch.attention_kernel!r}: sequences that mesh.context="
+                        f"{layout.mesh.shape['context']} cuts have a kernel of their own; set 'auto', or mesh.context=1")
+
+
+def _cut(layout):
+    return layout is not None and layout.parts("length") > 1
 
 
 def unstack(layers, num_layers: int) -> tuple:
@@ -459,6 +537,7 @@ def _through_layers(apply, x, layers, keys, trunk, a: Architecture):
         f, policy=REMAT_POLICIES[a.remat], prevent_cse=not a.scan_layers, static_argnums=(3,))
 
     def one(x, layer, key, kind, trunk):
+        x = checkpoint_name(x, pipeline.BLOCK_INPUT)
         if not a.scan_layers:   # a scan keeps the gradients of a layer together by itself
             x, layer = kernels.gradients_together(x, layer)
         x, _, taps = apply(x, layer, key, kind, None, trunk)

@@ -95,6 +95,10 @@ class Pretrained:
         self.step = step   # of its checkpoint
         self.work = scoring.Work()   # what score and score_texts have done so far
         self.module = objective.module
+        for axis in ("context", "stage"):
+            if (n := self.module.layout.mesh.shape[axis]) > 1:
+                raise UserError(f"mesh axis {axis}={n} is for training; evaluate, generate and serve on fsdp, tensor and "
+                                "data")
         self._parts = self.module.layout.batch_parts   # the mesh cuts every batch into so many: rows are added to fit
         self._batch_size = -(-16 // self._parts) * self._parts
         self._jitted = {name: jax.jit(f) for name, f in objective.predict.items() if name in ("logits", "hidden")}

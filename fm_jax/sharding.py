@@ -21,17 +21,19 @@ from fm_jax.errors import UserError, choose
 
 # From the slowest links to the fastest: `slice` runs over the network between slices or hosts (DCN), `tensor` between
 # neighbours.
+HOST, DEVICE = "pinned_host", "device"   # memory kinds
 MESH_AXES = ("slice", "data", "stage", "fsdp", "expert", "context", "tensor")
 
 # logical axis -> mesh axes, (of a parameter, of an activation). Parameters are cut over `fsdp`, `expert` and `context`
 # along their width and over `tensor` along heads, mlp and vocabulary; activations over the batch, their length and the
 # same `tensor` axes. Between sublayers (`between`) tokens are cut over `tensor` too, so that a block needs one
 # reduce-scatter and one all-gather around attention and around the mlp, and norms are not computed `tensor` times
-# (arXiv:2205.05198). `expert` is one more axis of the batch outside the experts.
+# (arXiv:2205.05198). `expert` is one more axis of the batch outside the experts, and `stage` outside the layers.
 RULES = {
-    "batch": ((), ("slice", "data", "fsdp", "expert")),
+    "batch": ((), ("slice", "data", "stage", "fsdp", "expert")),
     "length": ((), ("context",)),
     "between": ((), ("context", "tensor")),
+    "pieces": ((), ("context", "slice", "data", "stage", "fsdp", "expert")),   # of sequences, as rows
     "embed": (("fsdp", "expert", "context"), ()),
     "kv_heads": (("tensor",), ("tensor",)),
     "groups": ((), ()),
@@ -40,8 +42,8 @@ RULES = {
     "vocab": (("tensor",), ("tensor",)),
     "position": ((), ()),       # rows of a position table
     "norm": ((), ()),           # scales and biases of norms: small, replicated
-    # Only a pipeline cuts layers, in a shard_map of its own: cut by constraints, gradients went wrong silently on the CPU
-    # backend, jax 0.10 and 0.11.
+    # Cut in the shard_map of pipeline.py alone. By constraints, gradients went wrong silently on the CPU backend of jax
+    # 0.10 and 0.11.
     "layers": (("stage",), ()),
 }
 
@@ -95,8 +97,7 @@ class Layout:
         """
         used, entries = {}, []
         for i, axis in enumerate(axes):
-            mesh_axes = () if axis is None else RULES[choose(axis, RULES, f"{what}: logical axis")][int(activation)]
-            mesh_axes = tuple(a for a in mesh_axes if self.mesh.shape[a] > 1)
+            mesh_axes = () if axis is None else self.mesh_axes(choose(axis, RULES, f"{what}: logical axis"), activation)
             for a in mesh_axes:
                 if a in used:
                     raise UserError(f"{what}: logical axes {used[a]!r} and {axis!r} both land on mesh axis {a!r}; "
@@ -109,6 +110,11 @@ class Layout:
                                 f"change the mesh or make the size a multiple of {parts}")
             entries.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
         return PartitionSpec(*entries)
+
+    def mesh_axes(self, axis: str, activation: bool) -> tuple[str, ...]:
+        """Returns the mesh axes that cut a logical axis: of several devices, but for those of a shard_map around it."""
+        return tuple(a for a in RULES[axis][int(activation)]
+                     if self.mesh.shape[a] > 1 and a not in self.mesh.manual_axes)
 
     def sharding(self, axes, shape=None, *, activation=False, what="array") -> NamedSharding:
         return NamedSharding(self.mesh, self.spec(axes, shape, activation=activation, what=what))
@@ -127,14 +133,13 @@ class Layout:
 
     @property
     def platform(self) -> str | None:
-        """"cpu", "tpu", "cuda" or another platform of the mesh's devices; None for a mesh without devices.
+        """"cpu", "tpu", "cuda", or the kind of other devices, of the mesh; None for a mesh without devices.
 
         Not the platform of this machine: `plan` compiles for TPUs where there are none.
         """
-        if not isinstance(self.mesh, Mesh):
-            return None
-        device = self.mesh.devices.flat[0]
-        return "cuda" if device.device_kind.startswith("NVIDIA") else device.platform
+        device = self.mesh.devices.flat[0] if isinstance(self.mesh, Mesh) else self.mesh.abstract_device
+        kind = None if device is None else device.device_kind
+        return kind and ("tpu" if kind.startswith("TPU") else "cuda" if kind.startswith("NVIDIA") else kind)
 
     @property
     def batch_parts(self) -> int:
@@ -143,11 +148,21 @@ class Layout:
 
     def parts(self, axis: str) -> int:
         """Returns into how many parts a logical axis of activations is cut."""
-        return math.prod(self.mesh.shape[a] for a in RULES[axis][1])
+        return math.prod(self.mesh.shape[a] for a in self.mesh_axes(axis, activation=True))
 
     def constrain(self, x, *axes):
         """Returns the activation `x`, placed by its logical axes."""
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, activation=True, what="activation"))
+
+
+    def check_host_memory(self, what: str) -> None:
+        """Raises UserError where `what` needs host memory that these devices cannot use. A plan's mesh is not asked."""
+        if isinstance(self.mesh, Mesh):
+            device = self.mesh.local_devices[0]
+            kinds = sorted(m.kind for m in device.addressable_memories())
+            if HOST not in kinds:
+                raise UserError(f"{what} needs memory of kind {HOST!r}, and this platform ({device.platform}) has only "
+                                f"{', '.join(kinds)}; take a policy that keeps everything on the device")
 
 
 def make_mesh(sizes, devices=None) -> Mesh:
@@ -201,8 +216,9 @@ def abstract_mesh(sizes, devices: int | None = None) -> AbstractMesh:
 
 
 def bytes_per_device(abstract) -> int:
-    """Returns the bytes that each device holds of a tree of shape structs with shardings."""
-    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(abstract))
+    """Returns the bytes that each device holds of a tree of shape structs with shardings, none of what is on the host."""
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(abstract)
+               if a.sharding.memory_kind != HOST)
 
 
 def table(abstract) -> str:

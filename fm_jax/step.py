@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fm_jax import chip_kernels, optim, sharding, xla_flags
+from fm_jax import chip_kernels, optim, pipeline, sharding, xla_flags
 from fm_jax.errors import UserError
 from fm_jax.objectives import Objective
 from fm_jax.sharding import Layout
@@ -49,6 +49,8 @@ class Program:
         self.config, self.objective, self.layout = config, objective, layout
         chip_kernels.check_matmul_dtype(config.model.matmul_dtype, layout)
         micro, parts = config.batch_size // config.accumulation_steps, layout.batch_parts
+        pipeline.check(config.model, layout, micro, f"config.batch_size={config.batch_size} / accumulation_steps="
+                       f"{config.accumulation_steps} = {micro} rows")
         if micro % parts:
             raise UserError(
                 f"config.batch_size={config.batch_size} in {config.accumulation_steps} microbatches of {micro} is not "
@@ -65,10 +67,16 @@ class Program:
         self.tx = optim.skip_outliers(tx, config.health.skip_grad_norm_factor,
                                       config.health.skip_grad_norm_warmup_steps)
         placed = layout.parameters(params, self.axes)
-        self.shardings = State(
-            layout.replicated, placed, optim.state_shardings(self.tx, params, placed, layout.replicated),
-            placed if config.optimizer.ema_decay else None)
         shapes = jax.eval_shape(self._around, params)
+        self._working = working = optim.state_shardings(self.tx, params, placed, layout.replicated)
+        if config.model.remat.startswith("offload"):
+            layout.check_host_memory(f"model.remat={config.model.remat!r}")
+        if config.optimizer.offload == "host":
+            layout.check_host_memory("config.optimizer.offload='host'")
+            kept = lambda kind: jax.tree.map(lambda s, a: s.with_memory_kind(kind) if a.ndim else s, working,
+                                             shapes.opt_state)
+            self._working, working = kept(sharding.DEVICE), kept(sharding.HOST)
+        self.shardings = State(layout.replicated, placed, working, placed if config.optimizer.ema_decay else None)
         self.abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
                                      shapes, self.shardings)
         self.batch_spec = {
@@ -124,7 +132,7 @@ class Program:
         late, finds the state as it was before the first bad batch. A batch without a scored token has gradient
         0: momentum and weight decay still move the parameters.
         """
-        config, params = self.config, state.params
+        config, params, offload = self.config, state.params, self.config.optimizer.offload == "host"
         # 1: the parameters were drawn from 0.
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
 
@@ -139,6 +147,8 @@ class Program:
         grad_norm = optim.global_norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
 
+        if offload:
+            state = state.replace(opt_state=jax.device_put(state.opt_state, self._working))
         updates, opt_state = self.tx.update(grads, state.opt_state, params, step=state.step)
         new_params = optax.apply_updates(params, updates)
         ema = None if state.ema is None else optim.ema_update(
@@ -150,7 +160,10 @@ class Program:
         if config.health.skip_grad_norm_factor:
             metrics["skipped_steps"] = one - (opt_state.taken - state.opt_state.taken)
         apply = finite & (state.step == step)
-        return jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, state), metrics
+        new = jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, state)
+        if offload:
+            new = new.replace(opt_state=jax.device_put(new.opt_state, self.shardings.opt_state))
+        return new, metrics
 
     def _eval_step(self, params, batch):
         """Returns the metrics of the batch, in the microbatches of a train step: as little memory is enough."""

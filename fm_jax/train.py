@@ -17,12 +17,16 @@ from absl import flags
 from fm_jax import config as config_lib
 from fm_jax.errors import UserError, choose
 
+# The exit code after SIGTERM: saved, not done. A scheduler that saw 0 would take a preempted run for a finished one; by
+# this one launch/ knows to start it again. It is EX_TEMPFAIL of sysexits.h.
+STOPPED = 75
+
 
 def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
     """Returns the last validation metrics of the run of `config`, trained in `workdir` to its end; {} without any.
 
-    SIGTERM saves at the next step boundary and returns; so does SIGINT (Ctrl-C), which then raises KeyboardInterrupt;
-    a second SIGINT does so at once.
+    SIGTERM saves at the next step boundary and exits with STOPPED; so does SIGINT (Ctrl-C), which then raises
+    KeyboardInterrupt; a second SIGINT does so at once.
     profile_steps: trace so many steps, from the tenth after the start or the last ones, into `workdir`/profile.
 
     Raises:
@@ -151,8 +155,10 @@ def train(config, workdir, *, profile_steps: int = 0) -> dict[str, float]:
         progress.close()
     if stop:
         progress.note(f"stopped by {stop[0]} after step {step}, which is saved; the same command continues from there")
+        # What called this, a script or a notebook, is meant to stop as well.
         if stop[0] == "SIGINT":
-            raise KeyboardInterrupt   # what called this, a script or a notebook, is meant to stop as well
+            raise KeyboardInterrupt
+        raise SystemExit(STOPPED)
     return last
 
 

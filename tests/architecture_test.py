@@ -18,7 +18,7 @@ PACKAGE = ROOT / "fm_jax"
 # data/ and all in it. A new module takes its place here.
 LAYERS = (
     ("errors", "architecture", "config", "tree", "sharding"),
-    ("chip_kernels", "kernels", "model", "frontends", "tokenizer", "xla_flags"),
+    ("chip_kernels", "kernels", "ring", "pipeline", "model", "frontends", "tokenizer", "xla_flags"),
     ("objectives", "data", "optim", "checkpoint", "metrics", "gguf"),
     ("decode", "hf", "scoring", "step"),
     ("pretrained", "evals", "engine"),
@@ -26,8 +26,9 @@ LAYERS = (
 )
 SAME_LAYER = {
     ("architecture", "errors"), ("config", "errors"), ("config", "architecture"), ("tree", "errors"),
-    ("sharding", "errors"), ("sharding", "tree"), ("kernels", "chip_kernels"), ("model", "kernels"),
-    ("frontends", "kernels"), ("frontends", "model"),
+    ("sharding", "errors"), ("sharding", "tree"), ("kernels", "chip_kernels"), ("ring", "kernels"), ("model", "kernels"),
+    ("model", "ring"), ("model", "pipeline"), ("frontends", "kernels"),
+    ("frontends", "model"),
     ("report", "evaluate"),   # the report runs the evaluation that the command does
 }
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "pyarrow", "matplotlib", "sentencepiece", "tokenizers",

@@ -12,19 +12,20 @@ from fm_jax import objectives, sharding, tree
 from fm_jax.errors import UserError
 from fm_jax.step import Program
 
-MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
-BATCH, LENGTH = 8, 12
+MESHES = [dict(data=8), dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, tensor=4),
+          dict(slice=2, expert=2, context=2), dict(context=4, tensor=2)]
+BATCH, LENGTH = 8, 16
 # Together they use every row of sharding.RULES: kv_heads, groups, head, mlp, vocab, embed, norm, layers, position.
 MODELS = {
     "scanned": dict(num_kv_heads=4, qk_norm="head", tie_embeddings=False, layer_pattern=("local", "global"), window=5,
                     scan_layers=True, remat="full"),
     "unrolled": dict(num_kv_heads=4, norm="layernorm", norm_bias=True, qkv_bias=True, attention_out_bias=True,
                      mlp_bias=True, position="learned", gated_mlp=False, activation="gelu", scan_layers=False,
-                     attention_kernel="chunked", dropout=0.1, logit_softcap=3.0),
+                     dropout=0.1, logit_softcap=3.0),
 }
 
 
-def make(mesh=(1, 1, 1), model="scanned", **changes):
+def make(mesh={}, model="scanned", **changes):
     """Returns the Program of a tiny model with adamw.
 
     Adam divides a gradient by its own size, which would blow up rounding in small ones. With eps = 1 an update is
@@ -37,7 +38,7 @@ def make(mesh=(1, 1, 1), model="scanned", **changes):
     c.optimizer.update(learning_rate=1.0, schedule="constant", warmup_steps=0, eps=1.0, clip_norm=0.0)
     c.objective_args.z_loss = 0.01
     c = config_lib.resolve(config_lib.override(c, changes))
-    layout = sharding.Layout(sharding.make_mesh(dict(zip(sharding.MESH_AXES, mesh))))
+    layout = sharding.Layout(sharding.make_mesh(mesh))
     return Program(c, objectives.load(c, None, layout), layout)
 
 
@@ -92,7 +93,7 @@ def one_device():
 
 # --- the same everywhere --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_mesh_trains_the_same(model, mesh, one_device):
     program = make(mesh, model)
@@ -104,10 +105,10 @@ def test_every_mesh_trains_the_same(model, mesh, one_device):
 
 def test_the_models_use_every_rule():
     axes = {a for model in MODELS for t in jax.tree.leaves(make(model=model).axes, is_leaf=sharding.is_axes) for a in t}
-    assert axes | {"batch", "length"} == set(sharding.RULES)
+    assert axes | {"batch", "length", "between", "pieces"} == set(sharding.RULES)
 
 
-@pytest.mark.parametrize("mesh, n", [((1, 1, 1), 4), ((2, 2, 2), 2)], ids=str)
+@pytest.mark.parametrize("mesh, n", [({}, 4), (dict(data=2, fsdp=2, tensor=2), 2)], ids=str)
 def test_accumulation_equals_the_large_batch(mesh, n):
     program = make(mesh, accumulation_steps=n)
     data = batches(program, 3)
@@ -270,9 +271,11 @@ def test_the_average_of_parameters_equals_numpy(watched):
 # --- what does not fit ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("mesh, changes, message", [
-    ((2, 4, 1), dict(batch_size=12), "batch_size=12 .*data x fsdp = 8; take a multiple of 8"),
-    ((2, 2, 1), dict(accumulation_steps=4), "4 microbatches of 2 is not divisible.*multiple of 16"),
-    ((1, 1, 8), {}, "'kv_heads' of size 4 is not divisible by mesh.tensor=8"),
+    (dict(data=2, fsdp=4), dict(batch_size=12), r"batch_size=12 .* 8 parts .*\(data 2 x fsdp 4\).* a multiple of 8"),
+    (dict(data=2, fsdp=2), dict(accumulation_steps=4), "4 microbatches of 2 is not divisible.*multiple of 16"),
+    (dict(tensor=8), {}, "'kv_heads' of size 4 is not divisible by mesh.tensor=8"),
+    (dict(context=4), dict(seq_len=12), "mesh.context=4 cuts a sequence into 8 chunks, which 12 tokens do not give"),
+    (dict(context=2), {"model.attention_kernel": "chunked"}, "set 'auto', or mesh.context=1"),
 ])
 def test_what_the_mesh_does_not_divide_is_refused(mesh, changes, message):
     with pytest.raises(UserError, match=message):
@@ -298,3 +301,28 @@ def test_unrolled_layers_need_less_memory_than_scanned_ones():
         compiled = program.train_step.lower(program.abstract, program.batch_spec, 0).compile()
         memory[scan] = compiled.memory_analysis().temp_size_in_bytes
     assert memory[False] < 0.85 * memory[True], memory   # seen: 0.69, and 0.98 without
+
+
+# --- memory of the host -----------------------------------------------------------------------------------------------
+
+def test_optimizer_state_on_the_host_trains_the_same():
+    """Bit for bit, and it is there between the steps; scalars stay on the device."""
+    changes = {"optimizer.ema_decay": 0.9, "health.skip_grad_norm_factor": 3.0}
+    on_host, on_device = make(dict(fsdp=2), **changes, **{"optimizer.offload": "host"}), make(dict(fsdp=2), **changes)
+    data = batches(on_host, 2)
+    got, want = run(on_host, data), run(on_device, data)
+    kinds = lambda t: {a.sharding.memory_kind for a in jax.tree.leaves(t) if a.ndim}
+    for state in (got[4], on_host.abstract):
+        assert kinds(state.opt_state) == {"pinned_host"}
+    assert kinds((got[4].params, got[4].ema)) == {"device"} == kinds(want[4])
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), got[4], want[4])
+    held = sharding.bytes_per_device(on_device.abstract.opt_state)
+    assert sharding.bytes_per_device(on_host.abstract.opt_state) < 0.01 * held
+
+
+@pytest.mark.parametrize("changes", [{"optimizer.offload": "host"}, {"model.remat": "offload_dots"}])
+def test_a_platform_without_such_memory_is_told(monkeypatch, changes):
+    monkeypatch.setattr(sharding, "HOST", "memory_of_the_moon")
+    (key, value), = changes.items()
+    with pytest.raises(UserError, match=f"{key}='{value}' needs memory of kind 'memory_of_the_moon', .*.cpu. has only"):
+        make(**changes)

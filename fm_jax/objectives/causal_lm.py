@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fm_jax import model
 from fm_jax.architecture import Architecture
 from fm_jax.errors import UserError
 from fm_jax.frontends import TokenEmbed
@@ -67,6 +68,8 @@ class CausalLM:
         for name, rate in (("fim_rate", fim_rate), ("fim_spm_rate", fim_spm_rate)):
             if not 0 <= rate <= 1:
                 raise UserError(f"config.objective_args.{name}={rate} is a share of documents: between 0 and 1")
+        if layout is not None:
+            model.check(self.arch, self.seq_len, layout)
         self.z_loss, self.document_mask = z_loss, document_mask
         self.fim_rate, self.fim_spm_rate = fim_rate, fim_spm_rate
         self.tokenizer = tokenizer
