@@ -21,6 +21,7 @@ CHOICES = {
     "activation": ("gelu", "gelu_tanh", "silu", "relu"),
     "position": ("rope", "learned", "sinusoidal", "none"),
     "qk_norm": ("none", "head", "full"),
+    "router_score": ("softmax", "sigmoid"),
     "remat": ("none", "full", "dots", "offload_full", "offload_dots"),
     "attention_kernel": ("auto", "reference", "chunked", "splash", "cudnn"),
     "dtype": ("float32", "bfloat16", "float16"),
@@ -64,6 +65,17 @@ class Architecture:
     attention_out_bias: bool = False
     mlp_bias: bool = False
 
+    num_experts: int = 0                # 0: one mlp for all tokens; else so many in each block, of which a router picks
+    experts_per_token: int = 2          # those of the highest scores
+    expert_dim: int = 0                 # mlp hidden of one expert; 0: mlp_dim
+    num_shared_experts: int = 0         # beside them, all tokens go through an mlp of so many times expert_dim
+    router_score: str = "softmax"       # over all experts; sigmoid: of each on its own (DeepSeek-V3)
+    router_renormalize: bool = True     # an expert's weight is its score over the sum of the chosen; False: its score
+    router_scale: float = 1.0           # times this (DeepSeek-V3: 2.5)
+    router_bias: bool = False           # is added to the scores for the choice alone, and learns to even out the load
+    capacity_factor: float = 0.0        # in training, an expert has room for this times its even share of each row's
+                                        # tokens and drops the rest; 0: no token is dropped
+
     position: str = "rope"              # learned, sinusoidal, none
     rope_theta: float = 10000.0
     rope_local_theta: float = 0.0       # of local layers; 0: rope_theta, unscaled where this is set (Gemma 3)
@@ -98,7 +110,8 @@ class Architecture:
                      "pipeline_repeats"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         for name in ("num_kv_heads", "head_dim", "mlp_dim", "window", "rope_local_theta", "attention_scale",
-                     "attention_softcap", "logit_softcap", "pipeline_microbatches"):
+                     "attention_softcap", "logit_softcap", "pipeline_microbatches", "num_experts", "expert_dim",
+                     "num_shared_experts", "capacity_factor"):
             _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "must be 0 or more")
         if not self.num_kv_heads:
             set_("num_kv_heads", self.num_heads)
@@ -108,6 +121,8 @@ class Architecture:
             set_("head_dim", self.embed_dim // self.num_heads)
         if not self.mlp_dim:
             set_("mlp_dim", -(-8 * self.embed_dim // 3 // 64) * 64 if self.gated_mlp else 4 * self.embed_dim)
+        if not self.expert_dim and self.num_experts:
+            set_("expert_dim", self.mlp_dim)
         self._validate()
 
     def _validate(self):
@@ -118,6 +133,8 @@ class Architecture:
         _require(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", self.num_kv_heads,
                  f"must divide num_heads={self.num_heads}")
         _require(len(self.layer_pattern) > 0, "layer_pattern", self.layer_pattern, "must name at least one layer")
+        _require(not (self.matmul_dtype and self.num_experts), "matmul_dtype", self.matmul_dtype,
+                 "is not for experts; set it to '' or num_experts to 0")
         for kind in self.layer_pattern:
             choose(kind, ("global", "local"), "model.layer_pattern")
         _require("local" not in self.layer_pattern or self.window > 0, "window", self.window,
@@ -125,6 +142,14 @@ class Architecture:
         _require(0 < self.rope_frac <= 1, "rope_frac", self.rope_frac, "must be in (0, 1]")
         _require(self.position != "rope" or self.rope_dim % 2 == 0, "head_dim", self.head_dim,
                  "times rope_frac must be even")
+        if self.num_experts:
+            _require(1 <= self.experts_per_token <= self.num_experts, "experts_per_token", self.experts_per_token,
+                     f"must be from 1 to num_experts={self.num_experts}")
+            _require(0 < self.router_scale < float("inf"), "router_scale", self.router_scale, "must be positive")
+            _require(not self.mlp_bias, "mlp_bias", self.mlp_bias, "must be False: experts have no biases")
+        else:
+            for name in ("num_shared_experts", "router_bias", "capacity_factor", "expert_dim"):
+                _require(not getattr(self, name), name, getattr(self, name), "needs num_experts")
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
         scaling = self.rope_scaling.get("type", "none")
         choose(scaling, ("none", *ROPE_SCALINGS), "model.rope_scaling.type")
@@ -159,6 +184,8 @@ class Architecture:
         attention += (q + 2 * kv) * self.qkv_bias + D * self.attention_out_bias
         attention += {"none": 0, "head": 2 * self.head_dim, "full": q + kv}[self.qk_norm] * (norm // D)
         mlp = D * F * (3 if self.gated_mlp else 2) + (F * (2 if self.gated_mlp else 1) + D) * self.mlp_bias
+        if self.num_experts:
+            mlp = self._expert_params(self.num_experts) + self.num_experts * self.router_bias
         sublayers = 3 if self.cross_attention else 2
         layer = attention * (sublayers - 1) + mlp
         layer += norm * sublayers * (2 if self.norm_position == "sandwich" else 1)
@@ -167,12 +194,19 @@ class Architecture:
         return self.num_layers * layer + norm * self.final_norm + tables
 
     def matmul_param_count(self) -> int:
-        """Returns the parameters that multiply every token: without embedding tables, norms and biases."""
+        """Returns the parameters that multiply a token: no embedding tables, norms, biases, nor experts not chosen."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         attention = self.embed_dim * (2 * q + 2 * kv)
         mlp = self.embed_dim * self.mlp_dim * (3 if self.gated_mlp else 2)
+        if self.num_experts:
+            mlp = self._expert_params(self.experts_per_token)
         layer = attention * (2 if self.cross_attention else 1) + mlp
         return self.num_layers * layer + self.vocab_size * self.embed_dim   # the head, tied or not
+
+    def _expert_params(self, experts: int) -> int:
+        """Returns the parameters of a router's matrix, so many experts and the shared ones."""
+        one = self.embed_dim * self.expert_dim * (3 if self.gated_mlp else 2)
+        return self.embed_dim * self.num_experts + (experts + self.num_shared_experts) * one
 
     def flops_per_token(self, seq_len: int) -> float:
         """Returns the FLOPs of training on one token of a sequence of `seq_len` (forward and backward).

@@ -1,11 +1,11 @@
 """One Transformer for every model here: decoder, encoder, encoder-decoder, any modality.
 
 Layer 1. What varies is data in `Architecture`; what computes is below, in reading order: parameters,
-positions, attention, mlp, block, stack. Linen declares and names parameters; stacking over layers,
+positions, attention, mlp, experts, block, stack. Linen declares and names parameters; stacking over layers,
 scan, remat, dropout, cache and capture are plain JAX.
 
 Letters: B batch, T query length, S key length, D width, N heads, K kv heads, G query heads per kv
-head, H head size, F mlp hidden, V vocabulary, L layers. `x_BTD` has these axes in this order.
+head, H head size, F mlp hidden, E experts, V vocabulary, L layers. `x_BTD` has these axes in this order.
 """
 
 import dataclasses
@@ -29,8 +29,9 @@ REMAT_POLICIES = {
     "offload_full": pipeline.OFFLOAD_BLOCK_INPUTS,                         # the former, on the host
     "offload_dots": pipeline.OFFLOAD_DOTS,                                 # the latter, on the host
 }
-# What `capture` can name: block output, what each sublayer adds, and the keys and values that attention makes.
-TAPS = ("residual", "attention", "mlp", "k", "v")
+# What `capture` can name: block output, what each sublayer adds, the keys and values that attention makes, and the
+# Routing of a mixture of experts (None without).
+TAPS = ("residual", "attention", "mlp", "k", "v", "router")
 
 
 # --- parameters ---------------------------------------------------------------------------------------------------
@@ -266,11 +267,12 @@ class Mlp(nn.Module):
 
     arch: Architecture
     layout: Layout | None = None
+    hidden: int = 0   # 0: mlp_dim
 
     @nn.compact
     def __call__(self, x_BTD):
         a = self.arch
-        D, F, act = a.embed_dim, a.mlp_dim, ACTIVATIONS[a.activation]
+        D, F, act = a.embed_dim, self.hidden or a.mlp_dim, ACTIVATIONS[a.activation]
         bias = lambda name, **axes: param(self, name, zeros, a.param_dtype, **axes).astype(x_BTD.dtype)
         linear = functools.partial(kernels.linear, matmul_dtype=a.matmul_dtype)
         h = linear(x_BTD, param(self, "w_up", fan_in(D), a.param_dtype, embed=D, mlp=F))
@@ -294,6 +296,207 @@ class Mlp(nn.Module):
         return y + bias("down_bias", norm=D) if a.mlp_bias else y
 
 
+# --- mixture of experts -----------------------------------------------------------------------------------------------
+
+# Of the gradient that evens out the load, against the loss's: far below it in the global norm, by which gradients are
+# clipped, and far above the epsilon of Adam, which makes a step of full size of it.
+ROUTER_BIAS_GRADIENT = 0.01
+
+
+class Routing(NamedTuple):
+    """What a router did in each row: sums over the row's real tokens, float32. Of several layers, [L, ...]."""
+
+    tokens_B: jax.Array
+    load_BE: jax.Array       # choices of each expert, those that were dropped included
+    score_BE: jax.Array      # of each expert, a token's scores over their sum
+    z_B: jax.Array           # squared log-normalisers of the scores
+    entropy_B: jax.Array     # nats, of a token's scores over their sum
+    dropped_B: jax.Array     # choices for which an expert had no room
+    bias_B: jax.Array        # 0; its gradient by `router_bias` is by how much the load exceeds the even one
+
+    def losses(self, weight_B):
+        """Returns (load-balance, z and bias loss, each a sum over layers and rows; metrics of them all).
+
+        A row's loss is the mean over its real tokens times its weight: how many of its tokens are scored. So it adds up
+        over rows, microbatches and devices, as a product of the batch's own means would not. The balance is 1 where a
+        row's load or scores are even, and E / k at most.
+
+        Source: arXiv:2412.19437, equations 17 to 20 (balance, over a sequence); arXiv:2202.08906, equation 5 (z);
+        arXiv:2408.15664 (bias; there it moves by the load's sign, here by the run's optimizer).
+        """
+        L, _, E = self.load_BE.shape
+        n_LB = jnp.maximum(self.tokens_B, 1)
+        choices_LB = jnp.maximum(self.load_BE.sum(-1), 1)
+        weighted = lambda each_LB: (each_LB * weight_B).sum()
+        balance = weighted(E * (self.load_BE * self.score_BE).sum(-1) / (choices_LB * n_LB))
+        z, bias = weighted(self.z_B / n_LB), weighted(self.bias_B / n_LB)
+        load_LE = self.load_BE.sum(1)
+        load_LE /= jnp.maximum(load_LE.sum(-1, keepdims=True), 1)
+        tokens, layers_weight = self.tokens_B[0].sum(), L * weight_B.sum()
+        metrics = {
+            "load_balance_loss": (balance, layers_weight), "router_z_loss": (z, layers_weight),
+            "router_entropy": (self.entropy_B.sum(), L * tokens),
+            "dropped_frac": (self.dropped_B.sum(), self.load_BE.sum()),
+            # Shares of all choices, of a microbatch: the mean over its layers.
+            "most_loaded_expert_frac": (load_LE.max(-1).mean() * tokens, tokens),
+            "least_loaded_expert_frac": (load_LE.min(-1).mean() * tokens, tokens)}
+        return balance, z, bias, jax.lax.stop_gradient(metrics)
+
+
+class Moe(nn.Module):
+    """A router and experts, each an Mlp: of a token, the weighted sum of what those it chose make of it.
+
+    Scores and weights are float32. Over the mesh axis `expert`, each device has its part of the experts. With a
+    capacity, tokens travel to their experts and back (all-to-all). Without, every device gets the tokens of all
+    devices of the axis and sends back what its experts make of them (all-gather, reduce-scatter): exact whatever the
+    load, and it moves no more bytes up to as many devices as a token has experts; its rows must have room for
+    min(k, experts here) of each of these tokens, though only those that are used cost time.
+    """
+
+    arch: Architecture
+    layout: Layout | None = None
+
+    @nn.compact
+    def __call__(self, x_BTD, real_BT=None):
+        """Returns (output [B, T, D], Routing). Where not `real_BT`, a token has no expert and does not count."""
+        a = self.arch
+        E, D, F = a.num_experts, a.embed_dim, a.expert_dim
+        router = param(self, "router", fan_in(D), a.param_dtype, embed=D, router=E)
+        bias_E = param(self, "router_bias", zeros, a.param_dtype, router=E) if a.router_bias else None
+        up = param(self, "w_up", fan_in(D), a.param_dtype, experts=E, expert_embed=D, mlp=F)
+        gate = None
+        if a.gated_mlp:
+            gate = param(self, "w_gate", fan_in(D), a.param_dtype, experts=E, expert_embed=D, mlp=F)
+        down = param(self, "w_down", fan_in(F, (2 * a.num_layers) ** -0.5), a.param_dtype,
+                     experts=E, mlp=F, expert_embed=D)
+        ids_BTK, weights_BTK, rank_BTK, routing = route(a, x_BTD, router, bias_E, real_BT)
+        matrices = jax.tree.map(lambda w: w.astype(x_BTD.dtype), {"up": up, "gate": gate, "down": down})
+        compute = self._on_mesh(x_BTD.shape) if self.layout else functools.partial(_experts, a)
+        y = compute(x_BTD, ids_BTK, weights_BTK, rank_BTK, matrices)
+        if a.num_shared_experts:
+            y += Mlp(a, self.layout, a.num_shared_experts * F, name="shared")(x_BTD)
+        return y, routing
+
+    def _on_mesh(self, shape):
+        """Returns `_experts` for whole arrays, run by each device on its part of them."""
+        a, layout = self.arch, self.layout
+        # Tokens come and go as they are between sublayers, but where they are too few to be cut, as in decoding.
+        between = shape[1] % layout.parts("between") == 0
+        tokens = layout.spec(("batch", "between" if between else "length", None), shape, activation=True)
+        axes = {"up": ("experts", "expert_embed", "mlp"), "down": ("experts", "mlp", "expert_embed")}
+        axes["gate"] = axes["up"] if a.gated_mlp else None
+        specs = {name: names and layout.spec(names) for name, names in axes.items()}
+        here = [n for n in layout.mesh.axis_names if layout.mesh.shape[n] > 1 and n not in layout.mesh.manual_axes]
+        width = layout.mesh_axes("expert_embed", activation=False)
+        gather = functools.partial(jax.lax.all_gather, tiled=True)
+
+        def part(experts_E, *arrays):
+            *arrays, matrices = arrays
+            if width:
+                matrices = {name: w if w is None else gather(w, width, axis=axes[name].index("expert_embed"))
+                            for name, w in matrices.items()}
+            if "tensor" in here and between:
+                arrays = jax.tree.map(lambda x: gather(x, "tensor", axis=1), arrays)
+            y = _experts(a, *arrays, matrices, experts_E[0], "expert" if "expert" in here else None)
+            if "tensor" not in here:
+                return y
+            return jax.lax.psum_scatter(y, "tensor", scatter_dimension=1, tiled=True) if between else jax.lax.psum(
+                y, "tensor")
+
+        # Which experts are here comes as an array: inside a pipeline, XLA:CPU knows no `axis_index`.
+        return functools.partial(
+            layout.on_each_device(part, (layout.spec(("experts",)), tokens, tokens, tokens, tokens, specs), tokens),
+            jnp.arange(a.num_experts))
+
+
+def route(a: Architecture, x_BTD, router_DE, bias_E=None, real_BT=None):
+    """Returns (ids, weights, ranks [B, T, k], Routing): the experts of each token, E where it has none.
+
+    Ranks are of each choice among those of the same expert and row, None without a capacity.
+    """
+    B, T, _ = x_BTD.shape
+    E, K = a.num_experts, a.experts_per_token
+    # The highest precision: on TPU, float32 products are of bfloat16 otherwise, and near ties fall differently.
+    logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), router_DE.astype(jnp.float32),
+                            precision=jax.lax.Precision.HIGHEST)
+    lse_BT1 = jax.nn.logsumexp(logits_BTE, axis=-1, keepdims=True)
+    scores_BTE = jnp.exp(logits_BTE - lse_BT1) if a.router_score == "softmax" else jax.nn.sigmoid(logits_BTE)
+    preferred_BTE = scores_BTE if bias_E is None else scores_BTE + jax.lax.stop_gradient(bias_E.astype(jnp.float32))
+    ids_BTK = jax.lax.top_k(jax.lax.stop_gradient(preferred_BTE), K)[1]
+    weights_BTK = jnp.take_along_axis(scores_BTE, ids_BTK, axis=-1)
+    if a.router_renormalize:
+        weights_BTK /= weights_BTK.sum(-1, keepdims=True) + 1e-20   # sigmoids can all be 0
+    weights_BTK *= a.router_scale
+    real_BT = jnp.ones((B, T), bool) if real_BT is None else real_BT
+    ids_BTK = jnp.where(real_BT[..., None], ids_BTK, E)
+    rank_BTK, dropped_B = None, jnp.zeros(B)
+    if a.capacity_factor:
+        rank_BTK = kernels.ranks(ids_BTK, E)
+        dropped_B = (rank_BTK >= capacity(a, T)).sum((1, 2), dtype=jnp.float32)
+    total = lambda each: jnp.where(real_BT[..., None], each, 0).sum(1)
+    share_BTE = scores_BTE / (scores_BTE.sum(-1, keepdims=True) + 1e-20)
+    load_BE = (ids_BTK[..., None] == jnp.arange(E)).sum((1, 2), dtype=jnp.float32)
+    excess_BE = (load_BE - load_BE.mean(-1, keepdims=True)) / K
+    bias_B = jnp.zeros(B) if bias_E is None else (excess_BE * (bias_E - jax.lax.stop_gradient(bias_E))).sum(-1)
+    return ids_BTK, weights_BTK, rank_BTK, Routing(
+        real_BT.sum(1, dtype=jnp.float32), load_BE, total(share_BTE), total(jnp.square(lse_BT1))[:, 0],
+        total(-(share_BTE * jnp.log(share_BTE + 1e-20)).sum(-1, keepdims=True))[:, 0], dropped_B, bias_B)
+
+
+def capacity(a: Architecture, length: int) -> int:
+    """Returns for how many of the choices of a row's `length` tokens each expert has room."""
+    return min(length, int(np.ceil(a.capacity_factor * length * a.experts_per_token / a.num_experts)))
+
+
+def _experts(a: Architecture, x_BTD, ids_BTK, weights_BTK, rank_BTK, matrices, first=0, axis=None):
+    """Returns [B, T, D]: of each token, the weighted sum of what its experts make of it.
+
+    matrices: of the experts from number `first` on. axis: the mesh axis over which they and the tokens are cut; None:
+    all are here.
+    """
+    B, T, D = x_BTD.shape
+    E, K = a.num_experts, ids_BTK.shape[-1]
+
+    def mlp(rows, multiply):
+        up = multiply(rows, matrices["up"])
+        gate = None if matrices["gate"] is None else multiply(rows, matrices["gate"])
+
+        def down(up, gate, w):   # its activation is computed again in the backward pass, as in Mlp
+            act = ACTIVATIONS[a.activation]
+            return multiply(act(up) if gate is None else act(gate) * up, w)
+
+        return jax.checkpoint(down)(up, gate, matrices["down"])
+
+    def weighted(out_NKD, weights_NK):
+        return (out_NKD.astype(jnp.float32) * weights_NK[..., None]).sum(1).astype(out_NKD.dtype)
+
+    x_ND, flat = x_BTD.reshape(B * T, D), lambda x: x.reshape(-1, K)
+    if rank_BTK is not None:
+        C = capacity(a, T)
+        row_BTK = (jnp.arange(B)[:, None, None] * E + ids_BTK) * C + rank_BTK
+        slots = kernels.slots_by_row(flat(jnp.where((ids_BTK < E) & (rank_BTK < C), row_BTK, B * E * C)), B * E * C)
+        rows_BECD = kernels.to_slots(x_ND, slots).reshape(B, E, C, D)
+        if axis:
+            rows_BECD = jax.lax.all_to_all(rows_BECD, axis, 1, 0, tiled=True)
+        here = rows_BECD.shape
+        out_EMD = mlp(rows_BECD.swapaxes(0, 1).reshape(here[1], here[0] * C, D), jnp.matmul)
+        out_BECD = out_EMD.reshape(here[1], here[0], C, D).swapaxes(0, 1)
+        if axis:
+            out_BECD = jax.lax.all_to_all(out_BECD, axis, 0, 1, tiled=True)
+        y_ND = weighted(kernels.from_slots(out_BECD.reshape(B * E * C, D), slots), flat(weights_BTK))
+        return y_ND.reshape(B, T, D)
+
+    ids_NK, weights_NK = flat(ids_BTK), flat(weights_BTK)
+    if axis:
+        x_ND, ids_NK, weights_NK = (jax.lax.all_gather(each, axis, tiled=True) for each in (x_ND, ids_NK, weights_NK))
+    slots, sizes_E = kernels.slots_by_expert(ids_NK - first, len(matrices["up"]))
+    out_MD = mlp(kernels.to_slots(x_ND, slots), lambda rows, w: kernels.grouped_matmul(rows, w, sizes_E))
+    y_ND = weighted(kernels.from_slots(out_MD, slots), weights_NK)
+    if axis:
+        y_ND = jax.lax.psum_scatter(y_ND, axis, tiled=True)
+    return y_ND.reshape(B, T, D)
+
+
 # --- block and stack --------------------------------------------------------------------------------------------------
 
 class Inputs(NamedTuple):
@@ -303,10 +506,11 @@ class Inputs(NamedTuple):
     ropes: dict[str, Any]
     context_BSD: Any = None
     context_mask: Any = None
+    real_BT: Any = None   # False: padding, which has no expert; None: all are real
 
 
 class Block(nn.Module):
-    """Attention, then cross attention where the architecture has it, then the mlp, each with its norm and residual."""
+    """Attention, cross attention where the architecture has it, the mlp or experts: each with its norm and residual."""
 
     arch: Architecture
     layout: Layout | None = None
@@ -316,7 +520,7 @@ class Block(nn.Module):
         """Returns (x [B, T, D], cache of this layer, taps). key_B: of each row's dropout."""
         a = self.arch
         keys = jax.vmap(lambda k: jax.random.split(k, 3), out_axes=1)(key_B) if key_B is not None else (None,) * 3
-        made = None   # keys and values
+        made = routing = None   # keys and values; what the router did
         # Few tokens, as of a step of decoding, are not cut.
         length = "between" if self.layout and x_BTD.shape[1] % self.layout.parts("between") == 0 else "length"
         dealt = lambda x: ring.deal(x, ("batch", "length", "embed"), self.layout) if _cut(self.layout) else x
@@ -342,11 +546,17 @@ class Block(nn.Module):
             other = Attention(a, self.layout, cross=True, name="cross")
             return other(x, inputs.context_mask, None, inputs.context_BSD)[0]
 
+        def mix(x):
+            nonlocal routing
+            y, routing = Moe(a, self.layout, name="moe")(x, inputs.real_BT)
+            return y
+
         x, attended = sublayer(x_BTD, "attention", attend, keys[0])
         if a.cross_attention:
             x, _ = sublayer(x, "cross", cross, keys[1])
-        x, added = sublayer(x, "mlp", Mlp(a, self.layout, name="mlp"), keys[2])
-        return x, cache, {"residual": x, "attention": attended, "mlp": added, "k": made[0], "v": made[1]}
+        x, added = sublayer(x, "mlp", mix if a.num_experts else Mlp(a, self.layout, name="mlp"), keys[2])
+        return x, cache, {"residual": x, "attention": attended, "mlp": added, "k": made[0], "v": made[1],
+                          "router": routing}
 
 
 class Transformer(nn.Module):
@@ -376,7 +586,7 @@ class Transformer(nn.Module):
             the index of the last token below this one (its own, where there is none). `positions_BT` says how deep.
           trunk: of trees, what comes before them. Not with segments, a prefix or a cache.
           key: of dropout; None: no dropout.
-          capture: names out of TAPS to return, each [L, B, T, D]; of "k" and "v" [L, B, T, K, H].
+          capture: names out of TAPS to return, each [L, B, T, D]; of "k" and "v" [L, B, T, K, H]; "router" a Routing.
         """
         a, (B, T, _) = self.arch, x_BTD.shape
         if self.is_initializing():   # on a dummy, and perhaps without the chip whose kernel training asks for
@@ -429,7 +639,7 @@ class Transformer(nn.Module):
                 context_mask = context_mask._replace(q_segments_BT=jnp.ones((B, T), context_segment_ids_BS.dtype))
         inputs = Inputs(masks,
                         {k: rope_table(a, k, positions_BT) if a.position == "rope" else None for k in set(kinds)},
-                        context_BSD, context_mask)
+                        context_BSD, context_mask, None if segment_ids_BT is None else segment_ids_BT > 0)
         # Of each row: what is drawn for it does not depend on how the batch is cut into microbatches.
         keys_LB = jax.random.split(key, (a.num_layers, B)) if key is not None else None
 
@@ -452,7 +662,7 @@ class Transformer(nn.Module):
             x = ring.collect(x, ("batch", "length", "embed"), self.layout)
             width = lambda name: ("kv_heads", "head") if name in ("k", "v") else ("embed",)
             taps = {name: ring.collect(tap, (None, "batch", "length", *width(name)), self.layout)
-                    for name, tap in taps.items()}
+                    if name != "router" else tap for name, tap in taps.items()}
         if a.final_norm:
             x = Norm(a, name="final_norm")(x)
         return x, cache, taps
@@ -502,6 +712,9 @@ def check(arch: Architecture, length: int, layout: Layout) -> None:
     if arch.attention_kernel != "auto":
         raise UserError(f"model.attention_kernel={arch.attention_kernel!r}: sequences that mesh.context="
                         f"{layout.mesh.shape['context']} cuts have a kernel of their own; set 'auto', or mesh.context=1")
+    if arch.capacity_factor:
+        raise UserError(f"model.capacity_factor={arch.capacity_factor}: the room of an expert is shared by a whole row, "
+                        f"which mesh.context={layout.mesh.shape['context']} cuts; set capacity_factor=0, or mesh.context=1")
 
 
 def _cut(layout):

@@ -19,7 +19,8 @@ from fm_jax.config import CHOICES
 from fm_jax.errors import UserError, choose
 from fm_jax.sharding import is_axes
 
-STACKED = ("layers", "expert")   # axes over which a parameter is many independent ones
+STACKED = ("layers", "experts")  # axes over which a parameter is many independent ones
+WIDTH = ("embed", "expert_embed")   # axes of the residual stream
 MUON_MOMENTUM = 0.95             # Jordan et al., see `_muon`
 
 
@@ -98,16 +99,16 @@ def schedule(o, peak: float, *, total_steps: int, warmup_steps: int, decay_steps
 def matrix_axes(axes: tuple[str, ...]):
     """Returns (inputs, outputs), the positions in `axes` that make the rows and columns of a matrix, or None.
 
-    After the `STACKED` axes, a matrix reads from or writes to the residual stream: with `embed`
+    After the `STACKED` axes, a matrix reads from or writes to the residual stream: with its width, `embed`,
     first, embed is the input and the rest the output (wq: embed -> kv_heads groups head); with
     `embed` last, the rest is the input (wo). Anything else, such as a bias or a norm, is no matrix.
     """
     free = [i for i, axis in enumerate(axes) if axis not in STACKED]
     if len(free) < 2:
         return None
-    if axes[free[0]] == "embed":
+    if axes[free[0]] in WIDTH:
         return tuple(free[:1]), tuple(free[1:])
-    if axes[free[-1]] == "embed":
+    if axes[free[-1]] in WIDTH:
         return tuple(free[:-1]), tuple(free[-1:])
     return None
 

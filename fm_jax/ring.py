@@ -44,7 +44,7 @@ def collect(x, axes, layout: Layout):
 def _exchange(x, axes, layout, exchanged):
     spec = layout.spec(axes, x.shape, activation=True, what="activation")
     along = functools.partial(exchanged, axis=axes.index("length"), n=layout.mesh.shape[AXIS])
-    return jax.shard_map(along, mesh=layout.mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)
+    return layout.on_each_device(along, spec, spec)(x)
 
 
 def _owner(chunk, n):
@@ -88,8 +88,7 @@ def attention(q_BTKGH, k_BTKH, v_BTKH, mask: kernels.Mask, layout: Layout, *, sc
     arrays = mask.q_segments_BT, mask.k_segments_BS, mask.k_prefix_BS
     run = functools.partial(_ring, static=(mask.causal, mask.window, scale, softcap, layout.mesh.shape[AXIS]))
     tokens = jax.tree.map(lambda _: specs("batch", "length"), arrays)
-    return jax.shard_map(run, mesh=layout.mesh, in_specs=(q, kv, kv, tokens), out_specs=q, check_vma=False)(
-        q_BTKGH, k_BTKH, v_BTKH, arrays)
+    return layout.on_each_device(run, (q, kv, kv, tokens), q)(q_BTKGH, k_BTKH, v_BTKH, arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

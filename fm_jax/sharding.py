@@ -19,9 +19,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from fm_jax import tree
 from fm_jax.errors import UserError, choose
 
+HOST, DEVICE = "pinned_host", "device"   # memory kinds
+
 # From the slowest links to the fastest: `slice` runs over the network between slices or hosts (DCN), `tensor` between
 # neighbours.
-HOST, DEVICE = "pinned_host", "device"   # memory kinds
 MESH_AXES = ("slice", "data", "stage", "fsdp", "expert", "context", "tensor")
 
 # logical axis -> mesh axes, (of a parameter, of an activation). Parameters are cut over `fsdp`, `expert` and `context`
@@ -39,6 +40,9 @@ RULES = {
     "groups": ((), ()),
     "head": ((), ()),
     "mlp": (("tensor",), ("tensor",)),
+    "experts": (("expert",), ()),
+    "expert_embed": (("fsdp", "context"), ()),   # width of experts' weights, which `experts` cuts over `expert`
+    "router": ((), ()),         # one score for each expert
     "vocab": (("tensor",), ("tensor",)),
     "position": ((), ()),       # rows of a position table
     "norm": ((), ()),           # scales and biases of norms: small, replicated
@@ -154,6 +158,13 @@ class Layout:
         """Returns the activation `x`, placed by its logical axes."""
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, activation=True, what="activation"))
 
+    def on_each_device(self, f, inputs, outputs):
+        """Returns f for whole arrays, run by each device on its parts of them: PartitionSpecs `inputs` and `outputs`.
+
+        Inside a shard_map over some mesh axes, as a pipeline's, it takes the axes that are left.
+        """
+        return jax.shard_map(f, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False,
+                             axis_names=set(self.mesh.axis_names) - set(self.mesh.manual_axes))
 
     def check_host_memory(self, what: str) -> None:
         """Raises UserError where `what` needs host memory that these devices cannot use. A plan's mesh is not asked."""

@@ -40,6 +40,9 @@ VARIANTS = {
                                        attention_factor=1.4)),
     "qk_layernorm": dict(norm="layernorm", norm_bias=True, qk_norm="head"),
     "qk_layernorm_full": dict(norm="layernorm", norm_bias=True, qk_norm="full"),
+    "mixtral": dict(num_experts=5, experts_per_token=2, expert_dim=26),
+    "deepseek": dict(num_experts=7, experts_per_token=3, expert_dim=14, num_shared_experts=2, router_score="sigmoid",
+                     router_bias=True, router_scale=2.5),
     "local_encoder": dict(causal=False, layer_pattern=("local",), window=3),
 }
 

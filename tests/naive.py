@@ -97,6 +97,28 @@ def mlp(a, p, x):
     return h @ p["w_down"] + p.get("down_bias", 0)
 
 
+def moe(a, p, xs, segments):
+    """One sublayer of experts over a list of vectors: token by token, expert by expert."""
+    room = min(len(xs), math.ceil(a.capacity_factor * len(xs) * a.experts_per_token / a.num_experts))
+    taken, ys = [0] * a.num_experts, []
+    for t, x in enumerate(xs):
+        y = np.zeros_like(x)
+        if segments is None or segments[t] != 0:
+            logits = x @ p["router"]
+            e = np.exp(logits - logits.max())
+            scores = e / e.sum() if a.router_score == "softmax" else 1 / (1 + np.exp(-logits))
+            order = sorted(range(a.num_experts), key=lambda i: -(scores + p.get("router_bias", 0))[i])
+            chosen = order[:a.experts_per_token]
+            total = sum(scores[i] for i in chosen) if a.router_renormalize else 1
+            for i in chosen:
+                taken[i] += 1
+                if not a.capacity_factor or taken[i] <= room:
+                    expert = {name: p[name][i] for name in ("w_up", "w_gate", "w_down") if name in p}
+                    y += a.router_scale * scores[i] / total * mlp(a, expert, x)
+        ys.append(y + mlp(a, p["shared"], x) if a.num_shared_experts else y)
+    return ys
+
+
 def stack(a, p, xs, segments=None, positions=None, prefix=None, context=None, context_segments=None):
     """Returns the outputs of the whole stack for one sequence of vectors."""
     positions = list(range(len(xs))) if positions is None else positions
@@ -123,7 +145,8 @@ def stack(a, p, xs, segments=None, positions=None, prefix=None, context=None, co
         xs = sublayer(xs, "attention", lambda v: attention(a, layer["attention"], v, v, sees, positions, local, False))
         if a.cross_attention:
             xs = sublayer(xs, "cross", lambda v: attention(a, layer["cross"], v, context, cross_sees, None, local, True))
-        xs = sublayer(xs, "mlp", lambda v: [mlp(a, layer["mlp"], x) for x in v])
+        mix = lambda v: moe(a, layer["moe"], v, segments) if a.num_experts else [mlp(a, layer["mlp"], x) for x in v]
+        xs = sublayer(xs, "mlp", mix)
     return [norm(a, p["final_norm"], x) for x in xs] if a.final_norm else xs
 
 

@@ -105,7 +105,8 @@ def test_every_mesh_trains_the_same(model, mesh, one_device):
 
 def test_the_models_use_every_rule():
     axes = {a for model in MODELS for t in jax.tree.leaves(make(model=model).axes, is_leaf=sharding.is_axes) for a in t}
-    assert axes | {"batch", "length", "between", "pieces"} == set(sharding.RULES)
+    of_experts = {"experts", "expert_embed", "router"}   # in moe_test.py
+    assert axes | of_experts | {"batch", "length", "between", "pieces"} == set(sharding.RULES)
 
 
 @pytest.mark.parametrize("mesh, n", [({}, 4), (dict(data=2, fsdp=2, tensor=2), 2)], ids=str)

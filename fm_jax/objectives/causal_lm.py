@@ -3,6 +3,8 @@
 Try:  python -m fm_jax.train --config configs/causal_lm.py:tiny --workdir runs/tiny
 """
 
+import dataclasses
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -55,10 +57,11 @@ class CausalLM:
       it (arXiv:2005.14165, appendix B), which is quicker where an attention kernel has no segments.
     fim_rate: share of documents turned into fill-in-the-middle examples (arXiv:2207.14255); 0: off.
     fim_spm_rate: of those, the share in suffix-prefix-middle order; the rest prefix-suffix-middle.
+    load_balance_loss, router_z_loss: weights of these losses of experts, summed over layers; see `model.Routing`.
     """
 
     def __init__(self, config, tokenizer=None, layout: Layout | None = None, *, z_loss=0.0, document_mask=True,
-                 fim_rate=0.0, fim_spm_rate=0.5):
+                 fim_rate=0.0, fim_spm_rate=0.5, load_balance_loss=0.0, router_z_loss=0.0):
         self.arch = Architecture(**config.model.to_dict())
         self.seq_len = config.seq_len
         if self.seq_len > self.arch.max_seq_len:
@@ -68,10 +71,18 @@ class CausalLM:
         for name, rate in (("fim_rate", fim_rate), ("fim_spm_rate", fim_spm_rate)):
             if not 0 <= rate <= 1:
                 raise UserError(f"config.objective_args.{name}={rate} is a share of documents: between 0 and 1")
+        for name, weight in (("load_balance_loss", load_balance_loss), ("router_z_loss", router_z_loss)):
+            if weight and not self.arch.num_experts:
+                raise UserError(f"config.objective_args.{name}={weight} needs experts: set model.num_experts or leave "
+                                "it out")
+        if router_z_loss and self.arch.router_score != "softmax":
+            raise UserError(f"config.objective_args.router_z_loss={router_z_loss} is of a softmax's normaliser, which "
+                            f"model.router_score={self.arch.router_score!r} does not have; set it to 0")
         if layout is not None:
             model.check(self.arch, self.seq_len, layout)
         self.z_loss, self.document_mask = z_loss, document_mask
         self.fim_rate, self.fim_spm_rate = fim_rate, fim_spm_rate
+        self.load_balance_loss, self.router_z_loss = load_balance_loss, router_z_loss
         self.tokenizer = tokenizer
         if fim_rate and tokenizer is not None and tokenizer.fim_ids is None:
             raise UserError(f"objective_args.fim_rate={fim_rate}: this tokenizer has no fill-in-the-middle tokens; "
@@ -83,7 +94,9 @@ class CausalLM:
             self.token_bytes = np.pad(tokenizer.token_bytes(), (0, self.arch.vocab_size - tokenizer.vocab_size))
         self.tokens_per_example = self.seq_len
         self.flops_per_example = self.seq_len * self.arch.flops_per_token(self.seq_len)
-        self.module = Module(self.arch, layout)
+        # Only in training are tokens dropped: a prediction does not depend on what else is in its row.
+        self.module = Module(dataclasses.replace(self.arch, capacity_factor=0.0), layout)
+        self._trained = Module(self.arch, layout)
         self.predict = {"hidden": self.hidden, "logits": self.logits, "trees": self.trees, "score": self.score,
                         "decode": self.decode}
 
@@ -127,8 +140,10 @@ class CausalLM:
         return unplaced.init(key, tokens, method=lambda m, t: m.logits(m(t)[0]))["params"]
 
     def loss(self, params, batch, key=None):
+        module = self._trained if key is not None else self.module
         places = (batch["positions"], batch["segment_ids"]) if self.document_mask else ()
-        hidden, _, _ = self.module.apply({"params": params}, batch["tokens"], *places, key=key)
+        hidden, _, taps = module.apply({"params": params}, batch["tokens"], *places, key=key,
+                                       capture=("router",) if self.arch.num_experts else ())
         weight = batch["weights"]
         loss, (nll, _, correct) = self.module.apply({"params": params}, hidden, batch["targets"], weight, self.z_loss,
                                                     method="loss_sum")
@@ -137,6 +152,10 @@ class CausalLM:
         if self.token_bytes is not None:
             bytes_ = (jnp.asarray(self.token_bytes)[batch["targets"]] * weight).sum()
             metrics["bits_per_byte"] = (nats / np.log(2), bytes_)
+        if self.arch.num_experts:
+            balance, z, bias, routed = taps["router"].losses(weight.sum(1))
+            loss += self.load_balance_loss * balance + self.router_z_loss * z + model.ROUTER_BIAS_GRADIENT * bias
+            metrics |= routed
         return Loss(loss, total, metrics)
 
     # --- predict ----------------------------------------------------------------------------------------------------
