@@ -26,7 +26,8 @@ LAYERS = (
 )
 SAME_LAYER = {
     ("architecture", "errors"), ("config", "errors"), ("config", "architecture"), ("tree", "errors"),
-    ("sharding", "errors"), ("sharding", "tree"), ("kernels", "chip_kernels"), ("ring", "kernels"), ("model", "kernels"),
+    ("sharding", "errors"), ("sharding", "tree"), ("kernels", "chip_kernels"), ("ring", "kernels"),
+    ("model", "kernels"),
     ("model", "ring"), ("model", "pipeline"), ("frontends", "kernels"),
     ("frontends", "model"),
     ("report", "evaluate"),   # the report runs the evaluation that the command does

@@ -46,7 +46,9 @@ def sides(args):
         for remat in ("none", "dots", "full"):
             ours[f"batch {batch}, remat {remat}"] = [
                 sys.executable, "-m", "fm_jax.benchmark", "--json", "--steps", args.steps,
-                "--warmup_steps", args.warmup, "--config", f"configs/causal_lm.py:{'tiny' if args.tiny else '1b'}", f"--config.batch_size={batch}",
+                "--warmup_steps", args.warmup,
+                "--config", f"configs/causal_lm.py:{'tiny' if args.tiny else '1b'}",
+                f"--config.batch_size={batch}",
                 f"--config.seq_len={64 if args.tiny else 4096}", f"--config.model.remat={remat}",
                 "--config.model.dtype=bfloat16", "--config.mesh.data=1",
                 "--config.objective_args.document_mask=False", *args.ours]   # theirs has no documents either

@@ -46,9 +46,10 @@ def main():
             command("train", f"--config={ROOT}/configs/causal_lm.py:tiny", "--workdir", run, "--config.data.train",
                     folder / "data", "--config.model.vocab_size=1024", "--config.model.num_layers=4",
                     "--config.model.embed_dim=128", "--config.model.mlp_dim=352", "--config.model.max_seq_len=128",
-                    "--config.seq_len=128", "--config.batch_size=16", f"--config.steps={args.steps}",
+                    "--config.seq_len=128", "--config.batch_size=8", f"--config.steps={args.steps}",
                     f"--config.log.every={args.steps // 4}", "--config.eval.every=100%",
-                    "--config.checkpoint.every=100%", "--config.mesh.data=1", *how)
+                    "--config.checkpoint.every=100%", "--config.mesh.data=1",
+                    "--config.optimizer.learning_rate=5e-3", *how)
             rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             losses = {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
             validation = [row["validation/loss"] for row in rows if "validation/loss" in row][-1]
