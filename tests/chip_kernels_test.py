@@ -6,6 +6,7 @@ arguments, so what is tested is which mask, scale and heads they say. Inputs, ma
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +149,20 @@ def test_auto_on_a_tpu_computes_the_same(name, monkeypatch):
     took_splash = any(e.primitive.name == "pallas_call" for e in trace(attend, q, k, v))
     assert took_splash == (mask.k_prefix_BS is None)
     np.testing.assert_allclose(jax.jit(attend)(q, k, v), kernels.attention_reference(q, k, v, mask, **how), **CLOSE)
+
+
+@pytest.mark.parametrize("platform, kind, capability, able", [
+    ("tpu", "TPU v6 lite", None, False), ("tpu", "TPU7x", None, True), ("cuda", "NVIDIA A100-SXM4-80GB", "8.0", False),
+    ("cuda", "NVIDIA L4", "8.9", True), ("cuda", "NVIDIA H100 80GB HBM3", "9.0", True), ("cpu", "cpu", None, True)])
+def test_fp8_is_for_chips_that_have_it(platform, kind, capability, able):
+    device = types.SimpleNamespace(device_kind=kind, **{"compute_capability": capability} if capability else {})
+    layout = types.SimpleNamespace(platform=platform, mesh=types.SimpleNamespace(devices=np.array([device])))
+    chip_kernels.check_matmul_dtype("int8", layout)
+    if able:
+        chip_kernels.check_matmul_dtype("fp8", layout)
+    else:
+        with pytest.raises(UserError, match=f"matmul_dtype='fp8': {kind} has no 8-bit floating point"):
+            chip_kernels.check_matmul_dtype("fp8", layout)
 
 
 def program(mesh=None, **changes):
