@@ -31,7 +31,7 @@ def get_config(size: str = "small"):
     c.name = f"causal_lm:{size}"
     c.objective = "fm_jax.objectives.causal_lm.CausalLM"
     c.data.train = "data/english"
-    # c.objective_args: z_loss (0), fim_rate (0), fim_spm_rate (0.5); see fm_jax/objectives/causal_lm.py.
+    # c.objective_args: z_loss (0), document_mask (True), fim_rate (0), fim_spm_rate (0.5); see the objective's file.
     if size == "tiny":
         c.model.update(vocab_size=512, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=4, mlp_dim=64,
                        max_seq_len=64)

@@ -23,8 +23,9 @@ CHOICES = {
     "qk_norm": ("none", "head", "full"),
     "router_score": ("softmax", "sigmoid"),
     "remat": ("none", "full", "dots", "offload_full", "offload_dots"),
-    "attention_kernel": ("auto", "reference", "chunked"),
+    "attention_kernel": ("auto", "reference", "chunked", "splash", "cudnn"),
     "dtype": ("float32", "bfloat16", "float16"),
+    "matmul_dtype": ("", "int8", "fp8"),
     "param_dtype": ("float32", "bfloat16"),
 }
 
@@ -92,12 +93,13 @@ class Architecture:
 
     dtype: str = "float32"              # of activations and matmuls; norms, softmax and loss are float32
     param_dtype: str = "float32"
+    matmul_dtype: str = ""              # of the projections' operands: int8, fp8, each scaled; "": dtype
     remat: str = "none"                 # full: keep block inputs only; dots: and projections' outputs; offload_full,
                                         # offload_dots: keep the former, or the latter, in the host's memory
     scan_layers: bool = True            # one compiled block; False unrolls: slower to compile, faster on CPU
     pipeline_microbatches: int = 0      # of a batch, on a mesh with stages; 0: as many as stages. More: less idle time
     pipeline_repeats: int = 1           # rounds of a microbatch through the stages, some layers each: the same
-    attention_kernel: str = "auto"      # see kernels.py
+    attention_kernel: str = "auto"      # reference, chunked; splash (TPU), cudnn (NVIDIA): see kernels.attention
     loss_chunk_tokens: int = 1024       # cross-entropy makes logits of so many tokens at once
 
     def __post_init__(self):
@@ -131,6 +133,8 @@ class Architecture:
         _require(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", self.num_kv_heads,
                  f"must divide num_heads={self.num_heads}")
         _require(len(self.layer_pattern) > 0, "layer_pattern", self.layer_pattern, "must name at least one layer")
+        _require(not (self.matmul_dtype and self.num_experts), "matmul_dtype", self.matmul_dtype,
+                 "is not for experts; set it to '' or num_experts to 0")
         for kind in self.layer_pattern:
             choose(kind, ("global", "local"), "model.layer_pattern")
         _require("local" not in self.layer_pattern or self.window > 0, "window", self.window,

@@ -60,8 +60,8 @@ BLOCK_BYTES = 16 * 8 * 16 * 8191     # 16 pieces have one checksum: threads shar
 # What may change between two starts of one run, of the sections that otherwise must not.
 FIXED = ("objective", "objective_args", "model", "seed", "batch_size", "seq_len", "optimizer.name",
          "optimizer.moment_dtype")
-FREE = ("model.dtype", "model.remat", "model.scan_layers", "model.attention_kernel", "model.loss_chunk_tokens",
-        "model.dropout", "model.pipeline_microbatches", "model.pipeline_repeats")
+FREE = ("model.dtype", "model.matmul_dtype", "model.remat", "model.scan_layers", "model.attention_kernel",
+        "model.loss_chunk_tokens", "model.dropout", "model.pipeline_microbatches", "model.pipeline_repeats")
 
 
 # --- The run folder

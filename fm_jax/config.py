@@ -53,6 +53,7 @@ def defaults() -> ml_collections.ConfigDict:
     c.batch_size = 32                    # examples (sequences) per optimizer step, over all hosts
     c.seq_len = 256                      # tokens per example
     c.accumulation_steps = 1             # microbatches per step; equal to the large batch exactly
+    c.xla_flags = "auto"                 # compiler options for the chip, see xla_flags.py; none; auto,NAME=VALUE,...
 
     # See architecture.py. Its field defaults, not an instance's values: a 0 there is derived from the other fields.
     c.model = ml_collections.ConfigDict({

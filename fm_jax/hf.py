@@ -161,8 +161,8 @@ _ROPE_KEYS = {"factor": "factor", "low_freq_factor": "low_freq_factor", "high_fr
               "original_max_position_embeddings": "original_max_seq_len", "beta_fast": "beta_fast",
               "beta_slow": "beta_slow", "attention_factor": "attention_factor"}
 # Fields of Architecture that say how it is computed, and not what.
-_COMPUTE = ("dtype", "param_dtype", "remat", "scan_layers", "attention_kernel", "loss_chunk_tokens", "dropout",
-            "pipeline_microbatches", "pipeline_repeats")
+_COMPUTE = ("dtype", "param_dtype", "matmul_dtype", "remat", "scan_layers", "attention_kernel", "loss_chunk_tokens",
+            "dropout", "pipeline_microbatches", "pipeline_repeats")
 
 
 # --- Settings

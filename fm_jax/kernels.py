@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fm_jax import chip_kernels
 from fm_jax.errors import UserError
 
 NEVER = -1e30           # score of a masked key: finite, so that a row without keys gives no NaN
@@ -23,16 +24,64 @@ MOST_QUERY_CHUNKS = 16  # the chunk loop is unrolled: longer sequences take long
 
 # --- linear maps ------------------------------------------------------------------------------------------------
 
-def linear(x, w, inputs: int = 1):
+def linear(x, w, inputs: int = 1, *, matmul_dtype: str = ""):
     """Returns x [..., *ins] times w [*ins, *outs], contracting the `inputs` axes `ins`: [..., *outs].
 
     Both operands are made 2-D first: XLA:CPU gives the weight gradient of a matrix product its fast
     form, and that of the same product over [B, T, D] a slow one (1.15x of a whole train step).
+    matmul_dtype: "int8" or "fp8", see `scaled_matmul`; "": that of x.
     """
     ins, outs = w.shape[:inputs], w.shape[inputs:]
     lead = x.shape[: x.ndim - inputs]
-    y = x.reshape(-1, int(np.prod(ins))) @ w.astype(x.dtype).reshape(int(np.prod(ins)), int(np.prod(outs)))
+    x, w = x.reshape(-1, int(np.prod(ins))), w.astype(x.dtype).reshape(int(np.prod(ins)), int(np.prod(outs)))
+    y = scaled_matmul(x, w, matmul_dtype) if matmul_dtype else x @ w
     return y.reshape(*lead, *outs)
+
+
+# matmul_dtype -> of a factor, of a gradient, of a gradient where the weight's is made (None: not rounded). A gradient
+# in fp8 gets more range and less precision (arXiv:2209.05433). The weight's gradient sums over all tokens of the batch,
+# for which int8 is too coarse (arXiv:2304.13013, section 2.2).
+MATMUL_DTYPES = {
+    "int8": (jnp.int8, jnp.int8, None),
+    "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float8_e5m2),
+}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def scaled_matmul(x, w, matmul_dtype: str):
+    """Returns x [n, i] @ w [i, o] in x's dtype, from 8-bit copies of both; sums in int32 or float32.
+
+    Each row of x and each column of w has a scale of its own, such that its largest element becomes the type's largest.
+    The backward pass does the same with the gradient. Not Qwix: what of it can be differentiated rewrites the
+    operations of a whole Flax module, or is private.
+    """
+    factor, _, _ = MATMUL_DTYPES[matmul_dtype]
+    return _scaled_product(x, w, factor, factor)
+
+
+def _scaled_product(a, b, a_dtype, b_dtype):
+    """Returns a [n, c] @ b [c, m] in a's dtype, from copies in these dtypes."""
+    def scaled(x, dtype, axis):
+        top = float(jnp.iinfo(dtype).max if dtype == jnp.int8 else jnp.finfo(dtype).max)
+        x32 = x.astype(jnp.float32)
+        scale = jnp.maximum(jnp.abs(x32).max(axis, keepdims=True), 1e-30) / top
+        x32 = x32 / scale
+        return (jnp.round(x32) if dtype == jnp.int8 else x32).astype(dtype), scale
+
+    (small_a, a_scale), (small_b, b_scale) = scaled(a, a_dtype, 1), scaled(b, b_dtype, 0)
+    sums = jax.lax.dot(small_a, small_b, preferred_element_type=jnp.int32 if a_dtype == jnp.int8 else jnp.float32)
+    return (sums.astype(jnp.float32) * a_scale * b_scale).astype(a.dtype)
+
+
+def _scaled_matmul_backward(matmul_dtype, saved, dy):
+    x, w = saved
+    factor, gradient, weight_gradient = MATMUL_DTYPES[matmul_dtype]
+    dx = _scaled_product(dy, w.T, gradient, factor)
+    dw = x.T @ dy if weight_gradient is None else _scaled_product(x.T, dy, factor, weight_gradient)
+    return dx, dw
+
+
+scaled_matmul.defvjp(lambda x, w, matmul_dtype: (scaled_matmul(x, w, matmul_dtype), (x, w)), _scaled_matmul_backward)
 
 
 @jax.custom_vjp
@@ -151,22 +200,37 @@ class Mask(NamedTuple):
                                                 for name, a in arrays))
 
 
-def attention(q_BTKGH, k_BSKH, v_BSKH, mask: Mask, *, scale: float, softcap: float = 0.0, kernel: str = "auto"):
+def attention(q_BTKGH, k_BSKH, v_BSKH, mask: Mask, *, scale: float, softcap: float = 0.0, kernel: str = "auto",
+              layout=None):
     """Returns the attention output [B, T, K, G, H] in q's dtype; scores and softmax in float32.
 
     kernel: "reference" builds all scores; "chunked" goes by blocks of queries, skips keys that no query
     of the block sees, and recomputes scores in the backward pass: the scores of one block exist at a time,
-    QUERY_CHUNK x S of each head, and from T = 2,048 on T x S / MOST_QUERY_CHUNKS. "auto" is chunked wherever
-    it applies and pays.
+    QUERY_CHUNK x S of each head, and from T = 2,048 on T x S / MOST_QUERY_CHUNKS. "splash" and "cudnn" are the chips'
+    own, see chip_kernels.py. "auto": the chip's own where it serves just this attention, else chunked wherever that
+    applies and pays. layout: the mesh, whose devices say what chip it is; without it, "auto" is for any.
 
     Raises:
-      UserError: "chunked" for queries and keys with index arrays (a cache), which it cannot serve.
+      UserError: a kernel asked for by name that cannot serve this attention, with all the reasons.
     """
     T, S = q_BTKGH.shape[1], k_BSKH.shape[1]
     tree = mask.k_first_BS is not None
     indexed = not tree and (mask.q_index_BT is not None or mask.k_index_BS is not None)
-    if kernel == "auto":
-        kernel = "reference" if indexed or T < QUERY_CHUNK else "chunked"
+    refusals = lambda chip: chip_kernels.refusals(
+        chip, q_BTKGH, k_BSKH, mask, softcap=softcap, platform=layout.platform if layout else None,
+        context=layout.parts("length") if layout else 1)
+    if kernel == "auto" and T < QUERY_CHUNK:
+        kernel = "reference"
+    elif kernel == "auto":
+        plain = "reference" if indexed else "chunked"
+        kernel = next((chip for chip in ("splash", "cudnn") if not refusals(chip)), plain)
+    elif kernel in ("splash", "cudnn") and (reasons := refusals(kernel)):
+        raise UserError(f"model.attention_kernel={kernel!r} cannot serve this attention: {'; '.join(reasons)}. "
+                        "Set it to 'auto', which takes a kernel that can")
+    if kernel == "splash":
+        return chip_kernels.splash(q_BTKGH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap, layout=layout)
+    if kernel == "cudnn":
+        return chip_kernels.cudnn(q_BTKGH, k_BSKH, v_BSKH, mask, scale=scale, layout=layout)
     if kernel == "reference":
         return attention_reference(q_BTKGH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap)
     if indexed:

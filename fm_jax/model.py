@@ -212,7 +212,8 @@ class Attention(nn.Module):
         wv = param(self, "wv", fan_in(D), a.param_dtype, embed=D, kv_heads=K, head=H)
         wo = param(self, "wo", fan_in(K * G * H, (2 * a.num_layers) ** -0.5), a.param_dtype,
                    kv_heads=K, groups=G, head=H, embed=D)
-        q, k, v = kernels.linear(x_BTD, wq), kernels.linear(source, wk), kernels.linear(source, wv)
+        linear = functools.partial(kernels.linear, matmul_dtype=a.matmul_dtype)
+        q, k, v = linear(x_BTD, wq), linear(source, wk), linear(source, wv)
         if a.qkv_bias:
             q += param(self, "q_bias", zeros, a.param_dtype, kv_heads=K, groups=G, head=H).astype(q.dtype)
             k += param(self, "k_bias", zeros, a.param_dtype, kv_heads=K, head=H).astype(k.dtype)
@@ -239,13 +240,13 @@ class Attention(nn.Module):
         if trunk is not None:
             k, v = (jnp.concatenate([jnp.broadcast_to(t, (x_BTD.shape[0], *t.shape)), n], axis=1)
                     for t, n in zip(trunk, own))
-        attend = functools.partial(kernels.attention, kernel=a.attention_kernel)
+        attend = functools.partial(kernels.attention, kernel=a.attention_kernel, layout=self.layout)
         if cache is not None and not self.cross:
             attend = kernels.attention_to_cache
         elif _cut(self.layout):
             attend = functools.partial(ring.attention, layout=self.layout)
         out = attend(q, k, v, mask, scale=a.attention_scale or H ** -0.5, softcap=a.attention_softcap)
-        y = kernels.linear(out, wo, inputs=3)
+        y = linear(out, wo, inputs=3)
         if a.attention_out_bias:
             y += param(self, "o_bias", zeros, a.param_dtype, norm=D).astype(y.dtype)
         return y, cache, own
@@ -273,12 +274,13 @@ class Mlp(nn.Module):
         a = self.arch
         D, F, act = a.embed_dim, self.hidden or a.mlp_dim, ACTIVATIONS[a.activation]
         bias = lambda name, **axes: param(self, name, zeros, a.param_dtype, **axes).astype(x_BTD.dtype)
-        h = kernels.linear(x_BTD, param(self, "w_up", fan_in(D), a.param_dtype, embed=D, mlp=F))
+        linear = functools.partial(kernels.linear, matmul_dtype=a.matmul_dtype)
+        h = linear(x_BTD, param(self, "w_up", fan_in(D), a.param_dtype, embed=D, mlp=F))
         if a.mlp_bias:
             h += bias("up_bias", mlp=F)
         gate = None
         if a.gated_mlp:
-            gate = kernels.linear(x_BTD, param(self, "w_gate", fan_in(D), a.param_dtype, embed=D, mlp=F))
+            gate = linear(x_BTD, param(self, "w_gate", fan_in(D), a.param_dtype, embed=D, mlp=F))
             if a.mlp_bias:
                 gate += bias("gate_bias", mlp=F)
 
@@ -286,7 +288,7 @@ class Mlp(nn.Module):
             h = act(h) if gate is None else act(gate) * h
             if self.layout:
                 h = self.layout.constrain(h, "batch", "length", "mlp")
-            return kernels.linear(h, w_down)
+            return linear(h, w_down)
 
         # Only the activation is computed again in the backward pass: less memory for elementwise work.
         y = jax.checkpoint(down)(h, gate, param(self, "w_down", fan_in(F, (2 * a.num_layers) ** -0.5), a.param_dtype,
@@ -588,9 +590,11 @@ class Transformer(nn.Module):
           capture: names out of TAPS to return, each [L, B, T, D]; of "k" and "v" [L, B, T, K, H]; "router" a Routing.
         """
         a, (B, T, _) = self.arch, x_BTD.shape
+        if self.is_initializing():   # on a dummy, and perhaps without the chip whose kernel training asks for
+            a = dataclasses.replace(a, attention_kernel="reference")
         block = Block(a, self.layout, parent=None)
         if self.is_initializing():
-            layers = self.param("layers", self._init_layers)
+            layers = self.param("layers", self._init_layers, a)
         else:
             layers = self.get_variable("params", "layers")
 
@@ -691,9 +695,8 @@ class Transformer(nn.Module):
 
         return pipeline.through_layers(group, layers, x_BTD, per_row, schedule, self.layout, pipeline.keeping(a.remat))
 
-    def _init_layers(self, key):
+    def _init_layers(self, key, a: Architecture):
         """Returns the boxed parameters of all layers, stacked: each layer from its own key."""
-        a = self.arch
         x = jnp.zeros((1, 1, a.embed_dim), a.dtype)
         mask = kernels.Mask()
         inputs = Inputs(dict.fromkeys(("global", "local"), mask), dict.fromkeys(("global", "local")), x, mask)

@@ -45,6 +45,7 @@ def load(folder, *, step: int | None = None, mesh: dict | None = None, ema: bool
     config, filled = config_lib.load(folder / "config.json")
     if filled:
         print(f"{folder / 'config.json'} is of an older version; these keys take today's default: {', '.join(filled)}")
+    config.model.attention_kernel = "auto"   # the run's was for the machine that trained it
     tokenizer = tokenizers.load(folder / "tokenizer")
     checkpoint.check_tokenizer(folder, tokenizer)
     objective, abstract = _abstract(config, tokenizer, mesh)

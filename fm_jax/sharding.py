@@ -138,6 +138,16 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
+    def platform(self) -> str | None:
+        """"cpu", "tpu", "cuda", or the kind of other devices, of the mesh; None for a mesh without devices.
+
+        Not the platform of this machine: `plan` compiles for TPUs where there are none.
+        """
+        device = self.mesh.devices.flat[0] if isinstance(self.mesh, Mesh) else self.mesh.abstract_device
+        kind = None if device is None else device.device_kind
+        return kind and ("tpu" if kind.startswith("TPU") else "cuda" if kind.startswith("NVIDIA") else kind)
+
+    @property
     def batch_parts(self) -> int:
         """Into how many parts the batch axis of activations is cut."""
         return self.parts("batch")

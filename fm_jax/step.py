@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fm_jax import optim, pipeline, sharding
+from fm_jax import chip_kernels, optim, pipeline, sharding, xla_flags
 from fm_jax.errors import UserError
 from fm_jax.objectives import Objective
 from fm_jax.sharding import Layout
@@ -47,6 +47,7 @@ class Program:
     def __init__(self, config, objective: Objective, layout: Layout):
         """`config`: resolved. Raises UserError where the batch or a parameter does not fit the mesh."""
         self.config, self.objective, self.layout = config, objective, layout
+        chip_kernels.check_matmul_dtype(config.model.matmul_dtype, layout)
         micro, parts = config.batch_size // config.accumulation_steps, layout.batch_parts
         pipeline.check(config.model, layout, micro, f"config.batch_size={config.batch_size} / accumulation_steps="
                        f"{config.accumulation_steps} = {micro} rows")
@@ -83,17 +84,16 @@ class Program:
             for name, a in objective.batch_spec(config.batch_size).items()}
         batch = {name: a.sharding for name, a in self.batch_spec.items()}
         here = layout.replicated
-        self._cpu = isinstance(layout.mesh, jax.sharding.Mesh) and layout.mesh.devices.flat[0].platform == "cpu"
-        # XLA:CPU's default schedule runs what it can at once; in program order a step needs a fifth less memory.
-        options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if self._cpu else None
+        options = xla_flags.compiler_options(config.xla_flags, layout)
         self.train_step = jax.jit(self._train_step, donate_argnums=0, in_shardings=(self.shardings, batch, here),
                                   out_shardings=(self.shardings, here), compiler_options=options)
-        self.eval_step = jax.jit(self._eval_step, in_shardings=(placed, batch), out_shardings=here)
+        self.eval_step = jax.jit(self._eval_step, in_shardings=(placed, batch), out_shardings=here,
+                                 compiler_options=options)
 
     def init(self) -> State:
         """Returns the state at step 0, each array made in its shards, never whole on one device."""
         # XLA:CPU spends 7 s on the random bits of a small model, and 1 s at this level for the same values.
-        options = {"xla_backend_optimization_level": 1} if self._cpu else None
+        options = {"xla_backend_optimization_level": 1} if self.layout.platform == "cpu" else None
         return jax.jit(self._init, out_shardings=self.shardings, compiler_options=options)()
 
     def compile(self) -> None:

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "fm_jax"
 # data/ and all in it. A new module takes its place here.
 LAYERS = (
     ("errors", "architecture", "config", "distributed", "tree", "sharding", "hlo"),
-    ("kernels", "ring", "pipeline", "model", "frontends", "tokenizer"),
+    ("chip_kernels", "kernels", "ring", "pipeline", "model", "frontends", "tokenizer", "xla_flags"),
     ("objectives", "data", "optim", "checkpoint", "metrics", "gguf"),
     ("decode", "hf", "scoring", "step", "topology"),
     ("pretrained", "evals", "engine", "roofline"),
@@ -27,7 +27,8 @@ LAYERS = (
 )
 SAME_LAYER = {
     ("architecture", "errors"), ("config", "errors"), ("config", "architecture"), ("distributed", "errors"),
-    ("tree", "errors"), ("sharding", "errors"), ("sharding", "tree"), ("ring", "kernels"), ("model", "kernels"),
+    ("tree", "errors"), ("sharding", "errors"), ("sharding", "tree"), ("kernels", "chip_kernels"), ("ring", "kernels"),
+    ("model", "kernels"),
     ("model", "ring"), ("model", "pipeline"), ("frontends", "kernels"),
     ("frontends", "model"),
     ("plan", "forecast"),     # the command prints what this finds

@@ -87,6 +87,52 @@ def test_linear_equals_tensordot(x_shape, w_shape, inputs):
     np.testing.assert_allclose(half.astype(np.float32), want, atol=BF16 * np.abs(want).max())
 
 
+def numpy_rounded(x, kind, axis):
+    """Returns x as the 8-bit type holds it, with one scale along `axis`: from the definitions of the types."""
+    top = {"int8": 127.0, "e4m3": 448.0, "e5m2": 57344.0}[kind]
+    scale = np.abs(x).max(axis, keepdims=True) / top
+    y = x / scale
+    if kind == "int8":
+        return np.round(y) * scale
+    mantissa, lowest = {"e4m3": (3, -6), "e5m2": (2, -14)}[kind]   # bits, exponent of the smallest normal number
+    unit = 2.0 ** (np.maximum(np.floor(np.log2(np.maximum(np.abs(y), 1e-30))), lowest) - mantissa)
+    return np.round(y / unit) * unit * scale
+
+
+@pytest.mark.parametrize("matmul_dtype, factor, gradient", [("int8", "int8", "int8"), ("fp8", "e4m3", "e5m2")])
+def test_scaled_matmul_equals_numpy_on_rounded_operands(matmul_dtype, factor, gradient):
+    x, w, dy = normals(5, (6, 40), (40, 9), (6, 9))
+    x[2] *= 1e4   # a row of its own scale
+    w[:, 3] = 0   # a column without one
+    y, pull = jax.vjp(lambda x, w: kernels.scaled_matmul(x, w, matmul_dtype), x, w)
+    dx, dw = pull(dy)
+    rounded = lambda a, kind, axis: np.nan_to_num(numpy_rounded(a.astype(np.float64), kind, axis))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        want = rounded(x, factor, 1) @ rounded(w, factor, 0)
+        want_dx = rounded(dy, gradient, 1) @ rounded(w.T, factor, 0)
+        want_dw = (x.T.astype(np.float64) @ dy if matmul_dtype == "int8" else
+                   rounded(x.T, factor, 1) @ rounded(dy, gradient, 0))
+    for got, to in ((y, want), (dx, want_dx), (dw, want_dw)):
+        # A quotient on the border between two 8-bit numbers may fall to either side: 1 of 100 elements is off by one.
+        np.testing.assert_allclose(got, to, rtol=1e-2, atol=2e-2 * np.abs(to).max(-1, keepdims=True).max())
+        assert np.mean(np.isclose(got, to, rtol=1e-4, atol=1e-4 * np.abs(to).max())) > 0.9
+    exact = x.astype(np.float64) @ w
+    error = np.abs(y - exact).mean() / np.abs(exact).mean()
+    assert 1e-4 < error < {"int8": 0.02, "fp8": 0.06}[matmul_dtype]   # half a unit in 127; 2^-4 of each element
+
+
+def test_linear_in_8_bits_keeps_shapes_and_dtypes():
+    x, w = normals(0, (2, 3, 2, 4), (2, 4, 5))
+    plain = kernels.linear(jnp.asarray(x, jnp.bfloat16), w, 2)
+    for matmul_dtype in kernels.MATMUL_DTYPES:
+        f = lambda x, w: kernels.linear(x, w, 2, matmul_dtype=matmul_dtype)
+        y, pull = jax.vjp(f, jnp.asarray(x, jnp.bfloat16), jnp.asarray(w))
+        dx, dw = pull(y)
+        assert (y.dtype, dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32) and y.shape == plain.shape
+        assert (dx.shape, dw.shape) == (x.shape, w.shape)
+        np.testing.assert_allclose(y.astype(np.float32), plain.astype(np.float32), atol=0.1 * np.abs(plain).max())
+
+
 # --- norms ----------------------------------------------------------------------------------------------------------
 
 def numpy_norm(x, scale, bias=None, *, centered, eps=1e-3):

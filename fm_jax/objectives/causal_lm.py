@@ -53,13 +53,15 @@ class CausalLM:
     """The objective. `config.objective_args`:
 
     z_loss: weight of the squared log-normaliser (arXiv:2204.02311, section 5); 0: off.
+    document_mask: tokens see their own document; False: the whole row before them, with positions that count through
+      it (arXiv:2005.14165, appendix B), which is quicker where an attention kernel has no segments.
     fim_rate: share of documents turned into fill-in-the-middle examples (arXiv:2207.14255); 0: off.
     fim_spm_rate: of those, the share in suffix-prefix-middle order; the rest prefix-suffix-middle.
     load_balance_loss, router_z_loss: weights of these losses of experts, summed over layers; see `model.Routing`.
     """
 
-    def __init__(self, config, tokenizer=None, layout: Layout | None = None, *, z_loss=0.0, fim_rate=0.0,
-                 fim_spm_rate=0.5, load_balance_loss=0.0, router_z_loss=0.0):
+    def __init__(self, config, tokenizer=None, layout: Layout | None = None, *, z_loss=0.0, document_mask=True,
+                 fim_rate=0.0, fim_spm_rate=0.5, load_balance_loss=0.0, router_z_loss=0.0):
         self.arch = Architecture(**config.model.to_dict())
         self.seq_len = config.seq_len
         if self.seq_len > self.arch.max_seq_len:
@@ -78,7 +80,8 @@ class CausalLM:
                             f"model.router_score={self.arch.router_score!r} does not have; set it to 0")
         if layout is not None:
             model.check(self.arch, self.seq_len, layout)
-        self.z_loss, self.fim_rate, self.fim_spm_rate = z_loss, fim_rate, fim_spm_rate
+        self.z_loss, self.document_mask = z_loss, document_mask
+        self.fim_rate, self.fim_spm_rate = fim_rate, fim_spm_rate
         self.load_balance_loss, self.router_z_loss = load_balance_loss, router_z_loss
         self.tokenizer = tokenizer
         if fim_rate and tokenizer is not None and tokenizer.fim_ids is None:
@@ -138,8 +141,9 @@ class CausalLM:
 
     def loss(self, params, batch, key=None):
         module = self._trained if key is not None else self.module
-        hidden, _, taps = module.apply({"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"],
-                                       key=key, capture=("router",) if self.arch.num_experts else ())
+        places = (batch["positions"], batch["segment_ids"]) if self.document_mask else ()
+        hidden, _, taps = module.apply({"params": params}, batch["tokens"], *places, key=key,
+                                       capture=("router",) if self.arch.num_experts else ())
         weight = batch["weights"]
         loss, (nll, _, correct) = self.module.apply({"params": params}, hidden, batch["targets"], weight, self.z_loss,
                                                     method="loss_sum")

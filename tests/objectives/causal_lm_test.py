@@ -340,3 +340,17 @@ class NoFim(ByteTokenizer):
 def test_bad_settings_are_refused(changes, tokenizer, message):
     with pytest.raises(UserError, match=message):
         make(tokenizer, **changes)
+
+
+def test_a_row_without_document_mask_is_one_text():
+    """Its loss is that of the row as a single document, at the same targets; with the mask it is another."""
+    made = make()
+    params = made.init(jax.random.key(0))
+    split = made.examples(pack(documents(6, seed=3, low=4, high=9), T)[0], seeds(1))
+    split = {name: a[:1] for name, a in split.items()}
+    whole = {**split, "positions": np.arange(T, dtype=np.int32)[None], "segment_ids": np.ones((1, T), np.int32)}
+    assert split["segment_ids"].max() > 1
+    unmasked = make(**{"objective_args.document_mask": False})
+    loss = lambda objective, batch: float(objective.loss(params, batch).loss)
+    np.testing.assert_allclose(loss(unmasked, split), loss(made, whole), rtol=1e-6)
+    assert abs(loss(made, split) - loss(made, whole)) > 1e-4

@@ -1,8 +1,9 @@
-"""One training run of the same model in PyTorch eager with fused attention; prints one JSON line.
+"""One training run of the same model in PyTorch with fused attention; prints one JSON line.
 
-Runs in the environment of requirements.txt, without fm_jax. float32, AdamW(fused=True), gradients
-clipped at norm 1, tied embeddings. The model is written the way PyTorch likes it best here: one
-projection for queries, keys and values, F.scaled_dot_product_attention, F.cross_entropy over all logits.
+Runs in the environment of requirements.txt, without fm_jax. AdamW(fused=True), gradients clipped at norm 1,
+tied embeddings, float32 parameters. The model is written the way PyTorch likes it best: one projection for queries,
+keys and values, F.scaled_dot_product_attention; F.cross_entropy over all logits, or by chunks that are computed again
+for the gradient. On a CPU eager and in float32; with `--gpu` compiled, in bfloat16 autocast, with flash attention.
 With `--weights` and `--batches`, files that same_losses.py writes, it starts from our parameters and
 prints the losses to compare; else both are random.
 
@@ -10,6 +11,7 @@ Try:  python tests/peers/train_torch.py --model gpt2 --steps 8
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import re
@@ -19,12 +21,18 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 MODELS = {   # as configs/causal_lm.py:bench_NAME
     "gpt2": dict(layers=6, width=384, heads=6, kv_heads=6, mlp=1536, vocab=8192, seq_len=256, batch=16,
                  llama=False),
     "llama": dict(layers=8, width=512, heads=8, kv_heads=4, mlp=1408, vocab=8192, seq_len=512, batch=8,
                   llama=True),
+    "1b": dict(layers=16, width=2048, heads=32, kv_heads=8, mlp=8192, vocab=128256, seq_len=4096, batch=8,
+               llama=True, loss_chunk_tokens=4096),
+    "tiny": dict(layers=2, width=32, heads=4, kv_heads=4, mlp=64, vocab=512, seq_len=64, batch=8, llama=True,
+                 loss_chunk_tokens=128),
 }
 NORM_EPS, ROPE_THETA = 1e-5, 10000.0
 
@@ -36,7 +44,7 @@ def make_norm(c):
 def rotate(x, cos, sin):
     """Returns x [B, heads, T, H] rotated, halves paired."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -69,6 +77,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     def __init__(self, c):
         super().__init__()
+        self.recompute, self.loss_chunk_tokens = c.get("recompute", False), c.get("loss_chunk_tokens", 0)
         self.embed = nn.Embedding(c["vocab"], c["width"])
         self.positions = None if c["llama"] else nn.Embedding(c["seq_len"], c["width"])
         self.blocks = nn.ModuleList(Block(c) for _ in range(c["layers"]))
@@ -78,7 +87,7 @@ class Model(nn.Module):
             head = c["width"] // c["heads"]
             freqs = ROPE_THETA ** (-torch.arange(0, head, 2, dtype=torch.float64) / head)
             angles = (torch.arange(c["seq_len"])[:, None] * freqs).float()
-            self.rope = angles.cos(), angles.sin()
+            self.rope = angles.cos(), angles.sin()   # on the device that is the default when a model is made
         for p in self.parameters():
             if p.ndim > 1:
                 nn.init.normal_(p, std=0.02)
@@ -88,9 +97,15 @@ class Model(nn.Module):
         if self.positions is not None:
             x = x + self.positions.weight
         for block in self.blocks:
-            x = block(x, self.rope)
-        logits = self.norm(x) @ self.embed.weight.T
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            x = checkpoint(block, x, self.rope, use_reentrant=False) if self.recompute else block(x, self.rope)
+        x, targets = self.norm(x).flatten(0, 1), targets.flatten()
+        if not self.loss_chunk_tokens:
+            return F.cross_entropy(x @ self.embed.weight.T, targets)
+        parts = zip(x.split(self.loss_chunk_tokens), targets.split(self.loss_chunk_tokens))
+        return sum(checkpoint(self.loss_sum, *part, use_reentrant=False) for part in parts) / len(targets)
+
+    def loss_sum(self, x, targets):
+        return F.cross_entropy((x @ self.embed.weight.T).float(), targets, reduction="sum")
 
 
 @torch.no_grad()
@@ -142,12 +157,30 @@ def main():
     flags.add_argument("--weights", help=".npz of our parameters")
     flags.add_argument("--batches", help=".npy of tokens, int32 [steps, batch, seq_len + 1]")
     flags.add_argument("--learning_rate", type=float, default=1e-3)
+    flags.add_argument("--batch", type=int, default=0, help="rows of a step; 0: the model's own")
+    flags.add_argument("--recompute", action="store_true", help="each block's activations again in the backward pass")
+    flags.add_argument("--gpu", action="store_true", help="torch.compile, bfloat16 autocast, flash attention")
+    flags.add_argument("--device", default="", help="default: cuda with --gpu, else cpu")
     args = flags.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    c = MODELS[args.model]
-    model = Model(c)
+    c = MODELS[args.model] | {"recompute": args.recompute}
+    c["batch"] = args.batch or c["batch"]
+    device = torch.device(args.device or ("cuda" if args.gpu else "cpu"))
+    with device:
+        model = Model(c)
+    run, inside = model, contextlib.nullcontext
+    if args.gpu:
+        torch.set_float32_matmul_precision("high")
+        run = torch.compile(model, dynamic=False)
+
+        @contextlib.contextmanager
+        def inside():   # not the unfused form: where no flash kernel takes the model, this fails and says so
+            with torch.autocast(device.type, torch.bfloat16), sdpa_kernel([SDPBackend.FLASH_ATTENTION,
+                                                                           SDPBackend.CUDNN_ATTENTION]):
+                yield
+
     if args.weights:
         load_weights(model, args.weights)
     rng = np.random.default_rng(0)
@@ -159,11 +192,12 @@ def main():
                                   lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
     times, cpu_times, losses = [], [], []
     for step in range(args.steps):
-        if step == args.warmup:
+        if step == args.warmup and device.type == "cpu":
             pathlib.Path("/proc/self/clear_refs").write_text("5")   # the resident peak starts again, as in ours
         start, cpu_start = time.perf_counter(), time.process_time()
-        rows = torch.from_numpy(batches[step % len(batches)]).long()
-        loss = model(rows[:, :-1], rows[:, 1:])
+        rows = torch.from_numpy(batches[step % len(batches)]).to(device).long()
+        with inside():
+            loss = run(rows[:, :-1], rows[:, 1:])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -179,7 +213,8 @@ def main():
         "model": args.model, "parameters": sum(p.numel() for p in model.parameters()), "step_times_s": times,
         "step_time_s": median, "step_cpu_time_s": float(np.median(cpu_times)),
         "tokens_per_s": c["batch"] * c["seq_len"] / median, "losses": losses[:5],
-        "peak_memory_bytes": 1024 * int(re.search(r"VmHWM:\s*(\d+)", pathlib.Path("/proc/self/status").read_text())[1]),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else
+        1024 * int(re.search(r"VmHWM:\s*(\d+)", pathlib.Path("/proc/self/status").read_text())[1]),
         "threads": torch.get_num_threads(), "torch": torch.__version__}))
 
 
