@@ -175,6 +175,11 @@ class Architecture:
         """"global" or "local" for each layer."""
         return tuple(self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.num_layers))
 
+    @property
+    def active_mlp_dim(self) -> int:
+        """Hidden channels of the mlp that a token goes through: with experts, of those that it chooses and all share."""
+        return self.expert_dim * (self.experts_per_token + self.num_shared_experts) if self.num_experts else self.mlp_dim
+
     def param_count(self) -> int:
         """Returns the number of parameters, each counted once (tied embeddings once)."""
         D, F = self.embed_dim, self.mlp_dim

@@ -149,7 +149,7 @@ def search(config, topology, *, fixed=(), compile_best: int = 3, progress=lambda
     """Returns layouts of `config` on a topology as `on_topology` does, the best first.
 
     Every mesh of all devices over data, fsdp and tensor, with the axes `fixed` as the config has them, and every remat
-    policy that the analytic model knows, each with the fewest microbatches (from the config's number on) that it finds
+    policy but those that offload to the host, whose time the analytic model does not know, each with the fewest microbatches (from the config's number on) that it finds
     room for. The best are compiled until `compile_best` of them fit, at most twice as many; they rank before the rest,
     and what does not fit ranks last.
 
@@ -165,6 +165,8 @@ def search(config, topology, *, fixed=(), compile_best: int = 3, progress=lambda
     for shape in () if odd else _factored(rest, len(free)):
         sizes = held | dict(zip(free, shape))
         for policy in roofline.saved_widths(Architecture(**config.model.to_dict())):
+            if policy.startswith("offload"):
+                continue
             try:
                 found.append(_roomy(_changed(config, sizes, policy), base, sizes, topology))
             except UserError as e:   # a mesh that the model or the batch does not divide

@@ -19,13 +19,18 @@ from fm_jax.topology import Topology
 
 
 def saved_widths(a: Architecture) -> dict[str, tuple[int, int]]:
-    """Returns {remat policy: (channels cut by `between`, channels cut by `tensor`)} that a layer keeps of a token."""
-    D, F = a.embed_dim, a.mlp_dim * (2 if a.gated_mlp else 1)
+    """Returns {remat policy: (channels cut by `between`, channels cut by `tensor`)} that a device keeps of a token.
+
+    Of each layer. What a policy keeps on the host is not counted, nor the time of its way there.
+    """
+    D, F = a.embed_dim, a.active_mlp_dim * (2 if a.gated_mlp else 1)
     q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
     return {
         "full": (D, 0),                           # its input
         "dots": (3 * D, q + 2 * kv + F),          # and what its projections give
         "none": (4 * D, 2 * q + 2 * kv + F),      # and norms' inputs and outputs, rotated queries, attention's output
+        "offload_full": (0, 0),
+        "offload_dots": (D, 0),
     }
 
 
@@ -108,9 +113,9 @@ def executed_flops_per_token(a: Architecture, seq_len: int) -> float:
 
     Of a layer made again, the last product is not: nothing in the backward pass needs what it gives.
     """
-    layers = a.matmul_param_count() - a.vocab_size * a.embed_dim - a.num_layers * a.embed_dim * a.mlp_dim
+    layers = a.matmul_param_count() - a.vocab_size * a.embed_dim - a.num_layers * a.embed_dim * a.active_mlp_dim
     return (6.0 * a.matmul_param_count() + attention_flops_per_token(a, seq_len)
-            + (2.0 * layers if a.remat == "full" else 0))
+            + (2.0 * layers if a.remat.endswith("full") else 0))
 
 
 def attention_flops_per_token(a: Architecture, seq_len: int) -> float:

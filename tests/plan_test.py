@@ -100,7 +100,7 @@ def test_search_finds_the_known_best():
     assert "tensor" not in best["mesh"] and (best["remat"], best["accumulation_steps"]) == ("none", 1)
     assert best["seconds"]["step"] == best["seconds"]["compute"] and best["fits"]
     times = [r["seconds"]["step"] for r in found if r["fits"]]
-    assert times == sorted(times) and len(times) > 10 and {r["remat"] for r in found} == set(CHOICES["remat"])
+    assert times == sorted(times) and len(times) > 10 and {r["remat"] for r in found} == {"none", "full", "dots"}
     found = forecast.search(config("8b", batch_size=64), topology.parse("v5e:4x4"), compile_best=0)
     assert found[0]["fits"]
     assert {r["fits"] for r in found if r["mesh"].startswith(("data 4", "data 8", "data 16"))} == {False}
