@@ -177,8 +177,10 @@ class Architecture:
 
     @property
     def active_mlp_dim(self) -> int:
-        """Hidden channels of the mlp that a token goes through: with experts, of those that it chooses and all share."""
-        return self.expert_dim * (self.experts_per_token + self.num_shared_experts) if self.num_experts else self.mlp_dim
+        """Hidden channels of the mlp that a token goes through; with experts, of those that it chooses and the shared."""
+        if not self.num_experts:
+            return self.mlp_dim
+        return self.expert_dim * (self.experts_per_token + self.num_shared_experts)
 
     def param_count(self) -> int:
         """Returns the number of parameters, each counted once (tied embeddings once)."""

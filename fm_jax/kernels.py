@@ -568,8 +568,8 @@ def cross_entropy_sum(x_BTD, table_VD, labels_BT, weights_BT, *, z_loss: float =
     """Returns (float32 sum of weight * (nll + z_loss * lse^2), (nll, lse, correct) [B, T] without gradient).
 
     Of logits = softcap(x . table), nll is -log softmax(logits)[label], lse the log-normaliser, correct 1 where the
-    label has the largest logit. Logits exist for `chunk_length` positions of each row at a time (0: all at once), so a large
-    vocabulary costs no memory. Only the sum can be differentiated, by x and table: so it is known with each piece's
+    label has the largest logit. Logits exist for `chunk_length` positions of each row at a time (0: all at once), so a
+    large vocabulary costs no memory. Only the sum can be differentiated, by x and table: so it is known with each piece's
     logits what their gradient will be but for a factor, and one pass makes both.
     Source of the idea: arXiv:2410.10989, section 3.2.
     """

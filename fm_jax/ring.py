@@ -80,8 +80,8 @@ def attention(q_BTKGH, k_BTKH, v_BTKH, mask: kernels.Mask, layout: Layout, *, sc
       UserError: a mask with index arrays (a cache, trees).
     """
     if any(a is not None for a in (mask.q_index_BT, mask.k_index_BS, mask.k_first_BS)):
-        raise UserError(f"mesh.{AXIS}={layout.mesh.shape[AXIS]}: caches and trees of tokens are of whole sequences; use "
-                        f"a mesh with {AXIS}=1")
+        raise UserError(f"mesh.{AXIS}={layout.mesh.shape[AXIS]}: caches and trees of tokens are of whole sequences; "
+                        f"use a mesh with {AXIS}=1")
     specs = lambda *axes: layout.spec(axes, activation=True)
     kv = specs("batch", "length", "kv_heads", "head")
     q = specs("batch", "length", "kv_heads", "groups", "head")

@@ -26,8 +26,8 @@ def train(config, workdir, *, profile_steps: int = 0, peers: distributed.Peers |
 
     SIGTERM saves at the next step boundary and exits with distributed.AGAIN; so does SIGINT (Ctrl-C), which then
     raises KeyboardInterrupt; a second SIGINT does so at once. Of several processes, whichever gets the signal, all do
-    so at the same step. From the signal to the end take the steps under way, two seconds of several processes' agreement, and one
-    save.
+    so at the same step. From the signal to the end take the steps under way, two seconds of several processes'
+    agreement, and one save.
 
     profile_steps: trace so many steps, from the tenth after the start or the last ones, into `workdir`/profile.
     peers: the other processes of the run, to be told where this one hangs.
