@@ -82,7 +82,7 @@ for ((start = 0; ; start++)); do
   while [ "$left" -gt 0 ]; do
     for ((i = 0; i < processes; i++)); do
       pid=${pids[i]:-}
-      [ -n "$pid" ] && ! kill -0 "$pid" 2>/dev/null || continue
+      if [ -z "$pid" ] || kill -0 "$pid" 2>/dev/null; then continue; fi
       status=0
       wait "$pid" || status=$?
       unset "pids[i]"

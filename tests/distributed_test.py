@@ -388,6 +388,7 @@ config.run(main, distributed.define_flags, "", ["x"])
 """
 
 
+@pytest.mark.slow
 def test_two_processes_answer_as_one(straight, tmp_path):
     import fm_jax
     from fm_jax import evaluate

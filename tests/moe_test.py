@@ -102,8 +102,12 @@ MESHES = [dict(expert=8), dict(slice=2, expert=4), dict(data=2, expert=2, tensor
           dict(fsdp=4, tensor=2), dict(data=2, fsdp=4), dict(expert=2, context=2, tensor=2), dict(fsdp=2, context=4)]
 
 
-@pytest.mark.parametrize("mode, mesh", [*(("deepseek", m) for m in MESHES), *(("capacity", m) for m in MESHES[1:5])],
-                         ids=str)
+BY_DEFAULT = [("deepseek", MESHES[3]), ("deepseek", MESHES[6]), ("capacity", MESHES[2])]   # the rest is slow
+
+
+@pytest.mark.parametrize("mode, mesh", [
+    pytest.param(*case, marks=() if case in BY_DEFAULT else pytest.mark.slow)
+    for case in [*(("deepseek", m) for m in MESHES), *(("capacity", m) for m in MESHES[1:5])]], ids=str)
 def test_every_mesh_computes_the_same(mode, mesh):
     """Outputs, statistics and gradients of one device, to the order of float32 sums: seen below 2e-6."""
     arch, params, x = layer(**MODES[mode])
@@ -301,8 +305,10 @@ def one_device():
 
 
 @pytest.mark.parametrize("name, mesh", [
-    ("deepseek", dict(data=2, fsdp=2, expert=2)), ("deepseek", dict(expert=2, context=2, tensor=2)),
-    ("capacity", dict(slice=2, expert=2, tensor=2)), ("deepseek", dict(stage=2, expert=2, tensor=2)),
+    ("deepseek", dict(expert=2, context=2, tensor=2)),
+    pytest.param("deepseek", dict(data=2, fsdp=2, expert=2), marks=pytest.mark.slow),
+    pytest.param("deepseek", dict(stage=2, expert=2, tensor=2), marks=pytest.mark.slow),
+    pytest.param("capacity", dict(slice=2, expert=2, tensor=2), marks=pytest.mark.slow),
 ], ids=str)
 def test_every_mesh_trains_the_same(name, mesh, one_device):
     program = make(mesh, **TRAINED[name])

@@ -117,7 +117,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+BY_DEFAULT = {"two rounds, remat", "fsdp, dropout, rounds", "data and tensor, pattern, remat", "experts",
+              "block inputs on the host"}   # the rest is slow
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.slow)
+                                  for name in CASES])
 def test_losses_and_gradients_are_those_of_one_device(name):
     """Float32 in another order of sums: errors seen are below 1e-6 of the loss, and of the largest gradient."""
     mesh, cut, changes = CASES[name]

@@ -1,6 +1,7 @@
 """One step of training: the same on every mesh and in every number of microbatches, and harmless where it must be."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -93,14 +94,34 @@ def one_device():
 
 # --- the same everywhere --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model, mesh", [
+    pytest.param(model, mesh, marks=pytest.mark.slow if model == "unrolled" and "context" in mesh else ())
+    for model in MODELS for mesh in MESHES], ids=str)
 def test_every_mesh_trains_the_same(model, mesh, one_device):
     program = make(mesh, model)
     want, got = one_device(model), run(program, batches(program, 3))
     for n in want[2]:   # random bits are drawn by position, whatever the mesh
         np.testing.assert_array_equal(got[2][n], want[2][n], err_msg=n)
     assert_same_run(got, want)
+
+
+# Divisible by 8 whichever axes are multiplied: layers, heads, experts, and chunks of a sequence.
+ANY_MESH = {"model.num_layers": 8, "model.layer_pattern": ("global",), "model.window": 0, "model.num_kv_heads": 8,
+            "model.num_experts": 8, "model.expert_dim": 16, "model.num_shared_experts": 1}
+
+
+@functools.cache
+def one_device_of_experts():
+    program = make(**ANY_MESH)
+    return run(program, batches(program, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", list(itertools.combinations_with_replacement(sharding.MESH_AXES, 3)), ids="-".join)
+def test_every_mesh_of_eight_devices_trains_the_same(axes):
+    """All 84 ways to give three factors of 2 to the axes of the mesh, of a model with experts."""
+    program = make({axis: 2 ** axes.count(axis) for axis in axes}, **ANY_MESH)
+    assert_same_run(run(program, batches(program, 1)), one_device_of_experts())
 
 
 def test_the_models_use_every_rule():
