@@ -431,6 +431,7 @@ def final_state(run):
     return {n: np.asarray(a).tobytes() for n, a in tree.flatten(checkpoint.restore_params(run, 12)).items()}
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_one_step_and_another_mesh_goes_on(straight, inline, tiny_flags,
                                                                                 tmp_path):
     run = tmp_path / "run"

@@ -117,7 +117,7 @@ CASES = {
 }
 
 
-BY_DEFAULT = {"two rounds, remat", "fsdp, dropout, rounds", "data and tensor, pattern, remat", "experts",
+BY_DEFAULT = {"two rounds, remat", "fsdp, dropout, rounds", "data and tensor, pattern, remat",
               "block inputs on the host"}   # the rest is slow
 
 
@@ -147,6 +147,7 @@ def test_layers_give_out_the_same():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), *hidden)   # order of sums
 
 
+@pytest.mark.slow
 def test_a_train_step_is_that_of_one_device():
     """Parameters are drawn and stored in the same order, and updated alike; in microbatches of accumulation too."""
     runs = []
@@ -231,6 +232,7 @@ def test_full_remat_keeps_block_inputs_and_no_weights(repeats):
     assert [(a.shape, str(a.dtype)) for a in kept] == [((steps, layers, BATCH // 2, 8, 32), "bfloat16")]
 
 
+@pytest.mark.slow
 def test_without_remat_memory_grows_as_on_a_data_axis():
     """Rows added cost a stage no more than they cost a device that has all layers and half of the rows."""
     growth = {}
