@@ -48,8 +48,10 @@ def through(here, mask, softcap):
     return f
 
 
-@pytest.mark.parametrize("sizes", [dict(context=4), dict(context=2, data=2, tensor=2)], ids=str)
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name, sizes", [
+    *((name, dict(context=4)) for name in MASKS),
+    *(pytest.param(name, dict(context=2, data=2, tensor=2), marks=() if name == "packed, window" else pytest.mark.slow)
+      for name in MASKS)], ids=str)
 def test_a_cut_sequence_attends_as_a_whole_one(name, sizes):
     """Float32 sums in another order: 1e-5 of values near 1."""
     q, k, v, dout = inputs()

@@ -95,7 +95,8 @@ def one_device():
 # --- the same everywhere --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("model, mesh", [
-    pytest.param(model, mesh, marks=pytest.mark.slow if model == "unrolled" and "context" in mesh else ())
+    pytest.param(model, mesh, marks=pytest.mark.slow if "slice" in mesh or model == "unrolled" and "context" in mesh
+                 else ())
     for model in MODELS for mesh in MESHES], ids=str)
 def test_every_mesh_trains_the_same(model, mesh, one_device):
     program = make(mesh, model)
