@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from fm_jax import config as config_lib
 from fm_jax import hlo, objectives, roofline, sharding
+from fm_jax import topology as topology_lib
 from fm_jax.architecture import Architecture
 from fm_jax.data import batches
 from fm_jax.errors import UserError
@@ -97,7 +98,8 @@ def _compiled(program, topology, guess) -> dict:
     facts = {"jaxpr_flops_per_step": roofline.jaxpr_flops(traced.jaxpr)[0]}
     begin = time.perf_counter()
     try:
-        compiled = traced.lower().compile()
+        with topology_lib.uncached():
+            compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise

@@ -194,8 +194,7 @@ def main(args):
 
 
 def _main_on_topology(args, named):
-    if not args.analytic:
-        quiet_compilers()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")   # where its own arrays live, whatever it compiles for
     from fm_jax import forecast
     from fm_jax import topology as topology_lib
 
@@ -224,16 +223,6 @@ def _main_on_topology(args, named):
         print("  JAX takes three quarters of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says more")
     if args.output:
         Path(args.output).write_text(json.dumps(results if args.search else results[0], indent=1) + "\n")
-
-
-def quiet_compilers():
-    """Returns nothing; sets, before jax is imported, what keeps the compilers from looking for chips."""
-    # JAX's own arrays stay on the CPU. libtpu asks a metadata server and other processes unless told, and cannot read
-    # an entry of the compilation cache back.
-    for name, value in {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-                        "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
-        os.environ.setdefault(name, value)
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 
 def _parse_mesh(text):

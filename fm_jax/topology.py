@@ -8,14 +8,17 @@ Names, figures and the order of a mesh's devices need no accelerator and no comp
 compiler of the platform (libtpu, or JAX's CUDA plugin), which both run on a machine with CPUs alone.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import itertools
 import math
+import os
 import re
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from fm_jax import sharding
@@ -74,6 +77,9 @@ CHIPS = {
 # sides do not fall. Source: the pages above.
 SHAPES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SHAPES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
+# Where there is no TPU, libtpu would look for one and its neighbours, ask a metadata server, and refuse a second process.
+_LIBTPU_ALONE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+                 "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 class Links(NamedTuple):
@@ -171,6 +177,8 @@ class Topology:
             if not importlib.util.find_spec("libtpu"):
                 raise UserError(f"--topology {self.name}: compiling for TPUs needs the package libtpu, also without a "
                                 "TPU (pip install libtpu, of the version that jax[tpu] names); or --analytic")
+            for name, value in _LIBTPU_ALONE.items():
+                os.environ.setdefault(name, value)
             make = dict(platform="tpu", topology_name=self.name)
             if any(self.wrap):   # or a torus is compiled as a grid, gathers as sums: half as many bytes again
                 make["wrap"] = [*self.wrap, False, False][:3]
@@ -208,6 +216,24 @@ class Topology:
             links = self.links(mesh, tuple(sharding.MESH_AXES.index(axis) for axis in c.axes))
             seconds["overlapped" if c.overlapped else "exposed"] += c.times * links.seconds(c.kind, c.nbytes)
         return seconds
+
+
+@contextlib.contextmanager
+def uncached():
+    """A context in which nothing is written to JAX's compilation cache, nor read from it.
+
+    It cannot read back what was compiled for `Topology.devices`.
+    """
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()   # it looks at the setting once
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def parse(name: str, slices: int = 1) -> Topology:

@@ -18,7 +18,8 @@ from fm_jax import chip_kernels, config as config_lib, kernels, objectives, shar
 from fm_jax.errors import UserError
 from fm_jax.kernels import Mask
 from fm_jax.step import Program
-from tpu import needs_tpu_compiler, tpu_mesh, uncached
+from fm_jax.topology import uncached
+from tpu import needs_tpu_compiler, tpu_mesh
 
 interpreted = functools.partial(chip_kernels.splash, interpret=True)
 # 640 = 5 blocks of 128, 256 = one.

@@ -318,6 +318,7 @@ def test_an_interrupt_while_programs_are_compiled_ends_the_thread(lm, monkeypatc
     assert set(threading.enumerate()) <= before
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing(lm):
     """Data, fsdp and tensor axes; the same tokens, and nothing compiles."""
     with pytest.raises(UserError, match="slots=6 must be a multiple of 4, into which the mesh cuts a batch"):

@@ -117,7 +117,7 @@ def test_cached_equals_full(variant):
         done += n
 
 
-@pytest.mark.parametrize("window", [1, 3, 4, 8, 16, 31])
+@pytest.mark.parametrize("window", [1, 4, 16, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 8, 31))])
 def test_local_layers_store_their_window_alone(window):
     """Cached equals full, far past the window: prompts shorter and longer than it, chunks, steps, tokens taken back."""
     arch, module, params = build(**{**VARIANTS["gemma"], "window": window})
@@ -278,7 +278,7 @@ def test_causal_by_gradient(variant):
 
 @pytest.mark.parametrize("changes", [dict(scan_layers=False), dict(remat="full"), dict(remat="dots"),
                                      dict(remat="dots", scan_layers=False), dict(attention_kernel="chunked")])
-@pytest.mark.parametrize("variant", ["llama", "gemma3"])
+@pytest.mark.parametrize("variant", [pytest.param("llama", marks=pytest.mark.slow), "gemma3"])
 def test_execution_choices_change_nothing(variant, changes):
     """Scanned, unrolled, rematerialised: the same loss and the same gradients, to float32 rounding."""
     results = []

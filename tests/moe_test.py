@@ -315,7 +315,7 @@ def test_every_mesh_trains_the_same(name, mesh, one_device):
     step_test.assert_same_run(step_test.run(program, step_test.batches(program, 3)), one_device(name))
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", ["capacity", pytest.param("deepseek", marks=pytest.mark.slow)])
 def test_accumulation_equals_the_large_batch(name, one_device):
     program = make(accumulation_steps=4, **TRAINED[name])
     step_test.assert_same_run(step_test.run(program, step_test.batches(program, 3)), one_device(name))

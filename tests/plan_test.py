@@ -1,6 +1,5 @@
 """Planning for chips that are not here: the analytic model against counts, the search, the command."""
 
-import importlib.util
 import json
 import pathlib
 import re
@@ -15,9 +14,9 @@ from fm_jax import config as config_lib
 from fm_jax import forecast, objectives, roofline, sharding, topology
 from fm_jax.architecture import CHOICES, SIZES, Architecture
 from fm_jax.step import Program
+from tpu import needs_tpu_compiler
 
 CONFIG = str(pathlib.Path(__file__).resolve().parent.parent / "configs" / "causal_lm.py")
-needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
 
 
 def config(size="tiny", **changes):
@@ -150,7 +149,7 @@ def test_the_commands_of_the_issue_without_a_compiler(inline, tmp_path):
     assert code == 0 and len(rows) > 10 and rows[0]["fits"] and rows[0]["mesh"] in out, err
 
 
-@needs_libtpu
+@needs_tpu_compiler
 def test_the_real_compiler(tmp_path):
     """A tiny step compiled for two slices of four v5e chips: argument bytes are those of the state and batch, and
     collectives are named by the mesh's axes; one too large for the chip is refused with by how much."""
@@ -173,12 +172,10 @@ def test_the_real_compiler(tmp_path):
     assert float(re.search(r"([\d.]+) GiB too much", large.stdout)[1]) > 12   # the gathered table alone has 16
 
 
-@needs_libtpu
+@needs_tpu_compiler
 def test_stand_ins_lie_as_the_compilers_devices():
     """What the analytic model takes for the order of devices is the order of the real ones."""
     code = """
-from fm_jax import plan
-plan.quiet_compilers()
 from fm_jax import sharding, topology
 for name, slices, sizes in (("v5e:16x16", 1, dict(fsdp=64, tensor=4)), ("v5p:4x4x8", 1, dict(fsdp=16, tensor=8)),
                             ("v4:2x2x2", 1, dict(fsdp=8)), ("v6e:2x4", 1, dict(data=2, tensor=4)),

@@ -188,7 +188,8 @@ def test_a_run_continues_on_another_mesh(tiny_run, tiny_flags, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(optimizer__name="muon"), dict(optimizer__name="lion", optimizer__learning_rate=3e-4),
+    dict(optimizer__name="muon"),
+    pytest.param(dict(optimizer__name="lion", optimizer__learning_rate=3e-4), marks=pytest.mark.slow),
     dict(optimizer__name="adafactor", health__skip_grad_norm_factor=10.0)], ids=lambda c: c["optimizer__name"])
 def test_every_optimizer_learns_and_its_state_comes_back(changes, tiny_flags, tmp_path):
     config = short_config(tiny_flags, steps=6, optimizer__ema_decay=0.0, **changes)
@@ -258,7 +259,8 @@ def tasks(tmp_path_factory):
     return folder / "both.yaml"
 
 
-@pytest.mark.parametrize("mesh", [{"mesh__data": 1}, {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}])
+@pytest.mark.parametrize("mesh", [pytest.param({"mesh__data": 1}, marks=pytest.mark.slow),
+                                  {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}])
 def test_tasks_are_evaluated_on_the_way(mesh, tasks, tiny_flags, tmp_path, monkeypatch):
     """As the checkpoints of those steps are afterwards, on one device; and compiled once."""
     compiled, after, evaluate = [], [], train_lib._evaluate
@@ -574,8 +576,9 @@ def test_too_little_space_keeps_the_checkpoints_before(inline, tiny_run, tiny_fl
     assert checkpoint.verify(run, 8) == "" and checkpoint.steps(run) == [4, 8]
 
 
-@pytest.mark.parametrize("room, message", [(1, "run/metrics.jsonl: step 6 cannot be written"),
-                                           (40_000, "saving step 8 to run/checkpoints failed")])
+@pytest.mark.parametrize("room, message", [
+    pytest.param(1, "run/metrics.jsonl: step 6 cannot be written", marks=pytest.mark.slow),
+    (40_000, "saving step 8 to run/checkpoints failed")])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(room, message, tiny_run, tiny_flags, tmp_path,
                                                                        command):
     flags = [*tiny_flags, "--workdir=run", "--config.checkpoint.asynchronous=false"]   # step 4 is saved by then
@@ -623,7 +626,7 @@ def test_a_data_shard_that_goes_away_is_one_line_and_no_step_is_lost(harm, messa
 
 
 @pytest.mark.parametrize("removed", ["run", "run/checkpoints"])
-@pytest.mark.parametrize("asynchronous", ["true", "false"])
+@pytest.mark.parametrize("asynchronous", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_a_folder_removed_while_running_is_one_line_and_no_step_is_lost(removed, asynchronous, inline, tiny_run,
                                                                         tiny_flags, tmp_path, monkeypatch):
     run = tmp_path / "run"

@@ -6,7 +6,8 @@ import pytest
 
 from fm_jax import sharding, xla_flags
 from fm_jax.errors import UserError
-from tpu import needs_tpu_compiler, tpu_mesh, uncached
+from fm_jax.topology import uncached
+from tpu import needs_tpu_compiler, tpu_mesh
 
 
 def options(setting, platform="cpu"):

@@ -1,5 +1,6 @@
 """Prints `fm_jax.plan`'s estimate of MFU beside what MaxText publishes for the same shapes, chips and batch.
 
+    export JAX_PLATFORMS=cpu
     python tests/peers/plan_error.py                    # the analytic model: seconds
     python tests/peers/plan_error.py --compile 16B,8B   # these compiled too: minutes each, needs libtpu
 
@@ -13,7 +14,7 @@ import argparse
 import statistics
 
 from fm_jax import config as config_lib
-from fm_jax import forecast, plan
+from fm_jax import forecast
 from fm_jax.architecture import SIZES, Architecture
 from fm_jax.errors import UserError
 from fm_jax import topology as topology_lib
@@ -65,7 +66,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", default="", help="rows to compile too, by parts of their names: 16B,70B")
     args = parser.parse_args()
-    plan.quiet_compilers()
     print(f"{'':<22}{'published':>10}{'analytic':>10}{'error':>8}   {'compiled':>8}{'error':>8}  memory, compile time")
     errors = []
     for name in PUBLISHED:
