@@ -3,7 +3,8 @@
     python -m fm_jax.benchmark --config configs/causal_lm.py:small
     python -m fm_jax.benchmark --config configs/causal_lm.py:bench_gpt2 --steps 20 --json
 
-Runs the train step of the config on random tokens, so that no data is needed. Layer 5.
+Runs the train step of the config on random tokens, so that no data is needed; of several processes, as `train` does.
+Layer 5.
 """
 
 import json
@@ -15,6 +16,7 @@ import time
 from absl import flags
 
 from fm_jax import config as config_lib
+from fm_jax import distributed
 
 
 def benchmark(config, *, steps: int = 10, warmup_steps: int = 3, seed: int = 0) -> dict:
@@ -35,6 +37,7 @@ def benchmark(config, *, steps: int = 10, warmup_steps: int = 3, seed: int = 0) 
     objective = objectives.load(config, None, layout)
     begin = time.perf_counter()
     program = Program(config, objective, layout)
+    program.load_compiled(None)
     state = jax.block_until_ready(program.init())
     init_s = time.perf_counter() - begin
 
@@ -90,12 +93,18 @@ def _flags(fv):
     flags.DEFINE_integer("warmup_steps", 3, "steps before them, compilation in the first", flag_values=fv,
                          lower_bound=1)
     flags.DEFINE_boolean("json", False, "print one line of JSON instead of the table", flag_values=fv)
+    distributed.define_flags(fv)
 
 
 def main(args):
+    with distributed.processes(args):
+        _show(benchmark(args.config, steps=args.steps, warmup_steps=args.warmup_steps), args.json)
+
+
+def _show(r, as_json):
     from fm_jax import metrics
-    r = benchmark(args.config, steps=args.steps, warmup_steps=args.warmup_steps)
-    if args.json:
+
+    if as_json:
         print(json.dumps(r))
         return
     times = sorted(r["step_times_s"])

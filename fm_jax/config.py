@@ -54,6 +54,7 @@ def defaults() -> ml_collections.ConfigDict:
     c.seq_len = 256                      # tokens per example
     c.accumulation_steps = 1             # microbatches per step; equal to the large batch exactly
     c.xla_flags = "auto"                 # compiler options for the chip, see xla_flags.py; none; auto,NAME=VALUE,...
+    c.compiled_step = ""                 # file of plan --compiled_step: start with its program instead of compiling
 
     # See architecture.py. Its field defaults, not an instance's values: a 0 there is derived from the other fields.
     c.model = ml_collections.ConfigDict({

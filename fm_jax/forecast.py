@@ -13,10 +13,9 @@ import re
 import time
 
 import jax
-import jax.numpy as jnp
 
 from fm_jax import config as config_lib
-from fm_jax import hlo, objectives, roofline, sharding
+from fm_jax import compiled_step, hlo, objectives, roofline, sharding
 from fm_jax import topology as topology_lib
 from fm_jax.architecture import Architecture
 from fm_jax.data import batches
@@ -39,17 +38,18 @@ def resolved(config):
     return config
 
 
-def program_on(config, mesh) -> Program:
-    """Returns the program of a resolved config on a mesh."""
+def program_on(config, mesh, tokenizer=None) -> Program:
+    """Returns the program of a resolved config on a mesh. With a tokenizer, it also counts bytes, as a run's does."""
     layout = sharding.Layout(mesh)
-    return Program(config, objectives.load(config, None, layout), layout)
+    return Program(config, objectives.load(config, tokenizer, layout), layout)
 
 
-def on_topology(config, topology, *, compile: bool = True) -> dict:
+def on_topology(config, topology, *, compile: bool = True, tokenizer=None, save_to=None) -> dict:
     """Returns what a train step of `config` is on a `topology.Topology`: memory, collectives, time, FLOPs.
 
     compile: the real step, by the compiler of those chips; else the analytic model alone. "source" of the result says
     which. Figures are of one device unless they say otherwise; "seconds" are estimates, see `roofline.step_seconds`.
+    save_to: a file for the compiled step, which is a run's if made with the run's tokenizer; see `compiled_step`.
 
     Raises:
       UserError: a mesh that is not of all devices; what could not train either; the compiler is not installed.
@@ -59,10 +59,11 @@ def on_topology(config, topology, *, compile: bool = True) -> dict:
     if mesh.size != topology.num_devices:
         raise UserError(f"mesh {sharding.describe(mesh)} uses {mesh.size} of the {topology.num_devices} devices of "
                         f"{topology.name}; change --mesh, or give a smaller --topology")
-    program = program_on(config, sharding.make_mesh(dict(mesh.shape), topology.devices()) if compile else mesh)
+    real = sharding.make_mesh(dict(mesh.shape), topology.devices()) if compile else mesh
+    program = program_on(config, real, tokenizer)
     guess = roofline.train(config, program.abstract, program.axes, dict(mesh.shape), topology)
     return _facts(config, program.objective, topology, _analytic(guess) | (
-        _compiled(program, topology, guess) if compile else {}))
+        _compiled(program, topology, guess, tokenizer, save_to) if compile else {}))
 
 
 def _facts(config, objective, topology, figures) -> dict:
@@ -71,7 +72,7 @@ def _facts(config, objective, topology, figures) -> dict:
     step_s = figures["seconds"].get("step")
     return {
         "topology": topology.name, "slices": topology.slices, "chips": topology.num_chips,
-        "devices": topology.num_devices, "memory_bytes": topology.chip.memory_bytes,
+        "devices": topology.num_devices, "chip": topology.chip.kind, "memory_bytes": topology.chip.memory_bytes,
         "mesh": sharding.describe(sharding.abstract_mesh(config.mesh, topology.num_devices)),
         "remat": config.model.remat, "accumulation_steps": config.accumulation_steps, "steps": config.steps,
         "tokens_per_step": tokens, "flops_per_step": flops, **figures,
@@ -88,9 +89,9 @@ def _analytic(guess) -> dict:
             "analytic": {"step_s": guess.seconds["step"], "free_bytes": guess.free_bytes}}
 
 
-def _compiled(program, topology, guess) -> dict:
+def _compiled(program, topology, guess, tokenizer, save_to) -> dict:
     """Returns what the compiled step says instead of the analytic model's `guess`."""
-    traced = program.train_step.trace(program.abstract, program.batch_spec, jax.ShapeDtypeStruct((), jnp.int32))
+    traced = program.traced()
     mesh, chip, config = program.layout.mesh, topology.chip, program.config
     held = {"parameters": program.abstract.params, "optimizer": program.abstract.opt_state,
             "ema": program.abstract.ema, "batch": program.batch_spec}
@@ -109,8 +110,11 @@ def _compiled(program, topology, guess) -> dict:
             "free_bytes": chip.memory_bytes - needed - sum(held.values()), "collectives": [], "seconds": {},
             "bytes_per_device": held | {"activations": needed}}
     facts["compile_s"] = time.perf_counter() - begin
+    if save_to is not None:
+        compiled_step.save(save_to, compiled, mesh, config, tokenizer)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     moved = hlo.collectives(text, mesh.shape)
+    facts["chip_attention"] = "splash_mha" in text or "__cudnn$fmha" in text
     seconds = topology.collective_seconds(moved, mesh.devices)
     if cycles := hlo.cycles(text):
         seconds["compute"] = cycles / chip.clock_hz

@@ -82,6 +82,10 @@ def describe(r, price=None) -> str:
               f"    done                {quantity(r['executed_flops_per_step'])}  (with recomputation"
               + (f"; {quantity(r['jaxpr_flops_per_step'])} counted in the traced program)"
                  if "jaxpr_flops_per_step" in r else ")")]
+    if not r.get("chip_attention", True):
+        own = "splash" if "TPU" in r["chip"] else "cudnn"
+        lines.append("  attention             XLA's, not the chip's own kernel: "
+                     f"--config.model.attention_kernel={own} says why")
     if not r["seconds"]:
         return "\n".join(lines)
     lines.append("  collectives of a step, bytes of the whole array on a device")
@@ -148,6 +152,8 @@ def _flags(fv):
     flags.DEFINE_boolean("analytic", False, "estimate by shapes alone, without compiling", flag_values=fv)
     flags.DEFINE_boolean("search", False, "rank meshes and remat policies; axes in --mesh, other than its -1, stay",
                          flag_values=fv)
+    flags.DEFINE_string("compiled_step", None, "also write the compiled train step to this file, for "
+                        "--config.compiled_step of the run; needs its data or tokenizer", flag_values=fv)
     flags.DEFINE_integer("compile_best", 3, "of a search, compile so many", flag_values=fv, lower_bound=0)
     flags.DEFINE_float("price_per_chip_hour", None, "for the cost of the run, in any money", flag_values=fv,
                        lower_bound=0)
@@ -172,7 +178,8 @@ def main(args):
     if args.topology is not None:
         _main_on_topology(args, named)
         return
-    for flag in ("slices", "analytic", "search", "price_per_chip_hour", "decode_length", "output"):
+    for flag in ("slices", "analytic", "search", "price_per_chip_hour", "decode_length", "output",
+                 "compiled_step"):
         if args[flag].present:
             raise UserError(f"--{flag} needs --topology")
     from fm_jax.metrics import quantity
@@ -197,9 +204,13 @@ def _main_on_topology(args, named):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")   # where its own arrays live, whatever it compiles for
     from fm_jax import forecast
     from fm_jax import topology as topology_lib
+    from fm_jax.data import batches
 
     if args.devices is not None:
         raise UserError("--devices: --topology says how many there are")
+    if args.compiled_step is not None and (args.search or args.analytic):
+        raise UserError(f"--compiled_step={args.compiled_step}: is of one layout that is compiled, so without "
+                        f"--{'search' if args.search else 'analytic'}")
     topology = topology_lib.parse(args.topology, args.slices)
     config, price = args.config, args.price_per_chip_hour
     if topology.slices > 1 and config.mesh.slice == 1:
@@ -213,10 +224,14 @@ def _main_on_topology(args, named):
         print(ranking(results, price))
         print()
     else:
-        results = [forecast.on_topology(config, topology, compile=not args.analytic)]
+        tokenizer = batches.load_tokenizer(config) if args.compiled_step else None
+        results = [forecast.on_topology(config, topology, compile=not args.analytic, tokenizer=tokenizer,
+                                        save_to=args.compiled_step)]
     print(f"{config.name}: {Architecture(**config.model.to_dict()).param_count():,} parameters, "
           f"{results[0]['tokens_per_step']:,} tokens a step")
     print(describe(results[0], price))
+    if args.compiled_step is not None and results[0]["seconds"]:
+        print(f"  compiled step         {args.compiled_step}, for --config.compiled_step on these chips")
     print(_decode_text(Architecture(**config.model.to_dict()), topology,
                        args.decode_length or config.model.max_seq_len))
     if topology.gpu:

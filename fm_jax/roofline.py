@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 
-from fm_jax import hlo, sharding, tree
+from fm_jax import hlo, pipeline, sharding, tree
 from fm_jax.architecture import Architecture
 from fm_jax.errors import choose
 from fm_jax.topology import Topology
@@ -60,16 +60,20 @@ def train(config, state, axes, sizes: dict[str, int], topology: Topology) -> Est
     # Of one device and microbatch; the layers of a stage see them all, in `stage` pieces.
     tokens = config.batch_size * T / (n["slice"] * n["data"] * n["fsdp"] * n["expert"]) / n["context"] / acc
     layers = a.num_layers / n["stage"]
+    pipe = pipeline.schedule(a, layout)
+    bubble = pipe.steps / (pipe.microbatches * pipe.repeats) if pipe else 1
 
     placed = layout.parameters(state.params, axes)
     of_state = lambda part: 0 if part is None else tree.nbytes(part)
-    held = gathered = 0   # of a device's parameters: bytes it keeps; and as products read them, whole but for `tensor`
+    # Of a device's parameters: bytes it keeps, of layers too; and as products read them, whole but for `tensor`.
+    held = of_layers = gathered = 0
     for p, s, names in zip(jax.tree.leaves(state.params), jax.tree.leaves(placed),
                            jax.tree.leaves(axes, is_leaf=sharding.is_axes)):
         size = math.prod(s.shard_shape(p.shape))
         cut = [axis for name, entry in zip(names, s.spec) if name != "experts" and entry
                for axis in ((entry,) if isinstance(entry, str) else entry)]
         held += size * p.dtype.itemsize
+        of_layers += size * p.dtype.itemsize * ("layers" in names)
         gathered += size * width * math.prod(n[axis] for axis in cut if axis in ("fsdp", "expert", "context"))
     share = held / of_state(state.params)
     stored = jax.numpy.dtype(a.param_dtype).itemsize
@@ -82,21 +86,23 @@ def train(config, state, axes, sizes: dict[str, int], topology: Topology) -> Est
     # and while a layer does: its weights and the next one's, and all it makes.
     loss = (width + 4) * (table + min(tokens, a.loss_chunk_tokens) * a.vocab_size / t)
     layer = 2 * (gathered - tables * width * table) / layers + 2 * tokens / n["stage"] * whole
-    activations = layers * tokens * kept + max(loss, layer) + 4 * held / stored   # and gradients in float32
+    if a.num_experts and not a.capacity_factor:   # rows of a device's experts: room for every token of the axis
+        more = n["expert"] * min(a.experts_per_token, a.num_experts // n["expert"]) / a.experts_per_token - 1
+        layer += more * tokens / n["stage"] * width * a.experts_per_token * (a.embed_dim + a.expert_dim / t)
+    activations = bubble * layers * tokens * kept + max(loss, layer) + 4 * held / stored   # and gradients in float32
     batch = 20 * config.batch_size * T / layout.batch_parts                       # five arrays of 4 bytes a token
     sizes_ = {"parameters": held, "optimizer": of_state(state.opt_state) * share, "ema": of_state(state.ema) * share,
               "batch": batch, "activations": activations}
     free = topology.chip.memory_bytes - sum(sizes_.values())
 
     flops = config.batch_size * T * executed_flops_per_token(a, T)
-    moved = _collectives(a, n, policy, tokens, layers, gathered, held, acc, T, width)
+    moved = _collectives(a, n, policy, tokens, layers, gathered, held, of_layers, acc, width, pipe)
     seconds = topology.collective_seconds(moved, sharding.arrange(layout.mesh.axis_sizes, topology.places()))
     # Gathered weights are written and read in each pass, activations read and written once by each of a layer's
     # operations, the state once; attention keeps its scores on the chip.
     passes = 3 if policy == "full" else 2
     traffic = acc * (2 * passes * gathered + layers * tokens * whole * (passes + 2)) + 2 * sum(
         sizes_[part] for part in ("parameters", "optimizer", "ema")) + 2 * held
-    bubble = 1 + (n["stage"] - 1) / n["stage"]   # as many pieces as stages
     seconds["compute"] = bubble * flops / topology.num_devices / (topology.chip.peak_flops * topology.chip.efficiency)
     seconds["memory"] = bubble * traffic / topology.chip.memory_bytes_per_s
     return Estimate({k: int(v) for k, v in sizes_.items()}, free >= 0, int(free), flops, moved, seconds | {
@@ -125,7 +131,7 @@ def attention_flops_per_token(a: Architecture, seq_len: int) -> float:
     return attention * (14 if a.remat == "none" else 18) / 12
 
 
-def _collectives(a, n, policy, tokens, layers, gathered, held, acc, T, width):
+def _collectives(a, n, policy, tokens, layers, gathered, held, of_layers, acc, width, pipe):
     """Returns the collectives that a step of these sizes needs, as XLA makes them of our constraints.
 
     Gathers of weights and sums of gradients go on beside the products; what stands between two products of a layer,
@@ -150,7 +156,17 @@ def _collectives(a, n, policy, tokens, layers, gathered, held, acc, T, width):
     context = ("context",) if n["context"] > 1 else ()
     add("all-gather", context, kv, layers * (2 + again) * acc, False)
     add("reduce-scatter", context, kv, layers * acc, False)
-    add("collective-permute", ("stage",) if n["stage"] > 1 else (), x, 2 * acc, False)
+    if a.num_experts and n["expert"] > 1:
+        if a.capacity_factor:   # there and back
+            add("all-to-all", ("expert",), x * a.experts_per_token * a.capacity_factor,
+                2 * layers * (2 + again) * acc, False)
+        else:
+            add("all-gather", ("expert",), x * n["expert"], layers * (2 + again) * acc, False)
+            add("reduce-scatter", ("expert",), x * n["expert"], layers * (2 + again) * acc, False)
+    if pipe:   # what the next stage waits for; and the line of what comes and goes, which no stage does
+        for overlapped in (False, True):
+            add("collective-permute", ("stage",), x / pipe.microbatches, 2 * pipe.steps * acc, overlapped)
+        add("collective-permute", ("stage",), of_layers if pipe.repeats > 1 else 0, 2 * acc, False)
     return moved
 
 

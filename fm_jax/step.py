@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fm_jax import chip_kernels, optim, pipeline, sharding, xla_flags
+from fm_jax import chip_kernels, compiled_step, optim, pipeline, sharding, xla_flags
 from fm_jax.errors import UserError
 from fm_jax.objectives import Objective
 from fm_jax.sharding import Layout
@@ -96,9 +96,26 @@ class Program:
         options = {"xla_backend_optimization_level": 1} if self.layout.platform == "cpu" else None
         return jax.jit(self._init, out_shardings=self.shardings, compiler_options=options)()
 
+    def load_compiled(self, tokenizer) -> None:
+        """Returns nothing; takes the train step from `config.compiled_step`, where it names a file.
+
+        tokenizer: with which the objective was made.
+
+        Raises:
+          UserError: the file is not of this program.
+        """
+        if self.config.compiled_step:
+            self.train_step = compiled_step.load(self.config.compiled_step, self.traced(), self.layout.mesh, self.config,
+                                                 tokenizer)
+
+    def traced(self):
+        """Returns the traced train step, to be lowered and compiled for the devices of its mesh."""
+        return self.train_step.trace(self.abstract, self.batch_spec, 0)
+
     def compile(self) -> None:
         """Returns nothing; compiles the steps, which calls of them then find compiled."""
-        self.train_step.lower(self.abstract, self.batch_spec, 0).compile()
+        if not self.config.compiled_step:
+            self.traced().lower().compile()
         if self.config.eval.every:
             self.eval_step.lower(self.eval_params(self.abstract), self.batch_spec).compile()
 

@@ -48,6 +48,7 @@ def train(config, workdir, *, profile_steps: int = 0, peers: distributed.Peers |
     tokenizer = batches.load_tokenizer(config)
     objective = objectives.load(config, tokenizer, layout)
     program = Program(config, objective, layout)
+    program.load_compiled(tokenizer)
     data = batches.open_batches(config, objective, rows=program.rows)
     held_out = None
     if config.eval.every:

@@ -20,7 +20,7 @@ LAYERS = (
     ("errors", "architecture", "config", "distributed", "tree", "sharding", "hlo"),
     ("chip_kernels", "kernels", "ring", "pipeline", "model", "frontends", "tokenizer", "xla_flags"),
     ("objectives", "data", "optim", "checkpoint", "metrics", "gguf"),
-    ("decode", "hf", "scoring", "step", "topology"),
+    ("decode", "hf", "scoring", "compiled_step", "step", "topology"),
     ("pretrained", "evals", "engine", "roofline"),
     ("train", "evaluate", "generate", "serve", "lm_eval", "plan", "benchmark", "prepare", "report", "convert",
      "forecast"),
@@ -31,6 +31,7 @@ SAME_LAYER = {
     ("model", "kernels"),
     ("model", "ring"), ("model", "pipeline"), ("frontends", "kernels"),
     ("frontends", "model"),
+    ("step", "compiled_step"),
     ("plan", "forecast"),     # the command prints what this finds
     ("report", "evaluate"),   # the report runs the evaluation that the command does
 }

@@ -18,6 +18,7 @@ import pytest
 from fm_jax import checkpoint, distributed, metrics
 from fm_jax.distributed import Place, find
 from fm_jax.errors import UserError
+import train_test
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NOTHING = dict(coordinator_address=None, num_processes=None, process_id=None)
@@ -470,6 +471,31 @@ def test_a_workdir_that_hosts_do_not_share_is_refused(tiny_flags, tmp_path):
     assert done.returncode == 2, done.stderr
     assert "process 1, on" in done.stderr and "name a folder that all hosts share" in done.stderr
     assert not list(tmp_path.glob("*/run/checkpoints"))
+
+
+# A process whose files have room for 40 kB more from step 6 on, if it is one of these: as hosts with own quotas.
+FULL_FOR = """
+import os, runpy, sys
+numbers = sys.argv.pop(1).split(",")
+if os.environ["JAX_PROCESS_ID"] not in numbers:
+    del sys.argv[1:3]
+    runpy.run_module("fm_jax.train", run_name="__main__", alter_sys=True)
+    sys.exit()
+""" + train_test.FULL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", ["0", "1", "0,1"])
+def test_a_disk_that_is_full_for_some_ends_all_and_nothing_is_lost(full, straight, tiny_flags, tmp_path):
+    run = tmp_path / "run"
+    flags = [*tiny_flags, *MESH, f"--workdir={run}", "--config.checkpoint.asynchronous=false"]
+    done = local("--processes", 2, "--devices_per_process", 2, "--", sys.executable, "-c", FULL_FOR, full, 6, 40_000,
+                 *flags, env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "0"})   # it is shared
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert "saving step 8 to" in done.stderr and "File too large" in done.stderr, done.stderr
+    assert checkpoint.steps(run) == [4] and checkpoint.verify(run, 4) == ""
+    out, _ = finished(train(tiny_flags, run))
+    assert "from step 4" in out and rows(run) == rows(straight[0]) and final_state(run) == final_state(straight[0])
 
 
 @pytest.mark.slow

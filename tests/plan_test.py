@@ -75,6 +75,27 @@ def test_collectives_of_one_layout_by_hand():
     assert r["mfu"] == pytest.approx(r["flops_per_step"] / r["seconds"]["step"] / 256 / 197e12)
 
 
+def test_collectives_of_experts_and_stages_by_hand():
+    """Mixtral-like over fsdp 4 x expert 4: each layer's tokens are gathered and scattered over `expert`, three times
+    with full remat; with room for 1.25 of the two choices of a token, they are exchanged six times. 8B in 4 stages of
+    2 rounds, 8 microbatches: 8 x 2 + 3 steps, forward and back, each sending one microbatch on and one along the line."""
+    c = config_lib.from_file(CONFIG.replace("causal_lm", "moe") + ":mixtral-8x7b", {
+        "mesh.data": 1, "mesh.fsdp": 4, "mesh.expert": 4, "batch_size": 64, "steps": 10})
+    moved = lambda c: {(m["kind"], m["axes"]): (m["bytes"], m["overlapped_bytes"]) for m in forecast.on_topology(
+        c, topology.parse("v5p:2x2x4"), compile=False)["collectives"]}
+    x = 64 / 16 * 4096 * 4096 * 2   # of a device: four rows of 4,096 tokens and channels, two bytes each
+    dropless, dropping = moved(c), moved(config_lib.override(c, {"model.capacity_factor": 1.25}))
+    assert dropless["all-gather", "expert"] == dropless["reduce-scatter", "expert"] == (32 * 3 * 4 * x, 0)
+    assert dropping["all-to-all", "expert"] == (2 * 32 * 3 * 2.5 * x, 0)
+    assert ("all-gather", "expert") not in dropping
+    c = config("8b", batch_size=64, seq_len=4096, mesh__data=1, mesh__fsdp=4, mesh__stage=4,
+               model__pipeline_microbatches=8, model__pipeline_repeats=2)
+    sent = 2 * 19 * (64 / 4 * 4096 * 4096 * 2) / 8
+    of_layers = Architecture(**SIZES["8b"]).param_count() - 2 * 128_256 * 4096   # float32, dealt to rounds and back
+    nbytes, overlapped = moved(c)["collective-permute", "stage"]
+    assert overlapped == sent and nbytes == pytest.approx(2 * sent + 2 * 4 * of_layers / 16, rel=1e-3)   # norms, whole
+
+
 def test_decoding_by_hand():
     """8B on one H100 of 84.9 GB: 60 sequences of 8,192 tokens beside the weights, read at 3.35 TB/s."""
     a = Architecture(**SIZES["8b"])

@@ -62,15 +62,15 @@ class Objective(Protocol):
         """Returns the losses of a batch. Pure; `key` is of dropout and the like, None: deterministic (evaluation)."""
 
 
-def load(config, tokenizer=None, layout: Layout | None = None) -> Objective:
-    """Returns the objective that `config.objective` names.
+def find(path: str) -> type:
+    """Returns the class that `config.objective`, an import path, names.
 
     Raises:
-      UserError: no such module, class or argument, with the nearest name; an argument of another type than its default.
+      UserError: no such module or class, with the nearest name.
     """
-    module_name, _, class_name = config.objective.rpartition(".")
-    if not all(part.isidentifier() for part in config.objective.split(".")) or not module_name:
-        raise UserError(f"config.objective={config.objective!r}: expected package.module.Class")
+    module_name, _, class_name = path.rpartition(".")
+    if not all(part.isidentifier() for part in path.split(".")) or not module_name:
+        raise UserError(f"config.objective={path!r}: expected package.module.Class")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as e:
@@ -79,11 +79,20 @@ def load(config, tokenizer=None, layout: Layout | None = None) -> Objective:
         package, _, missing = e.name.rpartition(".")
         if inside := [m.name for m in pkgutil.iter_modules(getattr(sys.modules.get(package), "__path__", ()))]:
             choose(missing, inside, f"config.objective: module in {package}")
-        raise UserError(f"config.objective={config.objective!r}: no module {e.name!r}; expected "
+        raise UserError(f"config.objective={path!r}: no module {e.name!r}; expected "
                         "package.module.Class") from None
     choose(class_name, [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module_name],
            f"config.objective: class in {module_name}")
-    cls = getattr(module, class_name)
+    return getattr(module, class_name)
+
+
+def load(config, tokenizer=None, layout: Layout | None = None) -> Objective:
+    """Returns the objective of a config.
+
+    Raises:
+      UserError: as `find`; no such argument, with the nearest name; one of another type than its default.
+    """
+    cls = find(config.objective)
     known = {p.name: p.default for p in inspect.signature(cls).parameters.values() if p.kind == p.KEYWORD_ONLY}
     for name, value in config.objective_args.items():
         choose(name, known, "config.objective_args")

@@ -22,12 +22,6 @@ import time
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-# Bytes/s, from the makers' data sheets of each module. A device that is not here needs --bandwidth.
-BANDWIDTH = {
-    "NVIDIA A100-SXM4-40GB": 1555e9, "NVIDIA A100-SXM4-80GB": 2039e9, "NVIDIA A100 80GB PCIe": 1935e9,
-    "NVIDIA H100 80GB HBM3": 3350e9, "NVIDIA H100 PCIe": 2000e9, "NVIDIA H100 NVL": 3900e9, "NVIDIA H200": 4800e9,
-    "NVIDIA B200": 8000e9, "NVIDIA L4": 300e9, "NVIDIA L40S": 864e9,
-}
 
 
 def call(command):
@@ -94,13 +88,13 @@ def train(args):
 
 
 def decode(args):
-    """Prints, as its last line, JSON of {"device", "rows": [[batch, s a token, bytes a token], ...]}."""
+    """Prints, as its last line, JSON of {"device", "bandwidth", "rows": [[batch, s a token, bytes a token], ...]}."""
     sys.path.insert(0, str(ROOT))
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    from fm_jax import config as config_lib, objectives, sharding
+    from fm_jax import config as config_lib, objectives, sharding, topology
     from fm_jax import decode as decode_lib
 
     prompt, k, dispatches = (8, 4, 3) if args.tiny else (1024, 32, 5)
@@ -127,16 +121,18 @@ def decode(args):
         cache = 2 * 2 * batch * cached * arch.num_layers * arch.num_kv_heads * arch.head_dim
         size = 2 * arch.matmul_param_count() + cache
         rows.append([batch, statistics.median(times[1:]), size])
-    print(json.dumps({"device": jax.devices()[0].device_kind, "rows": rows}))
+    device = jax.devices()[0].device_kind
+    bandwidth = next((chip.memory_bytes_per_s for chip in topology.CHIPS.values() if chip.kind == device), 0)
+    print(json.dumps({"device": device, "bandwidth": bandwidth, "rows": rows}))
 
 
 def show_decode(args):
     got, error = call([sys.executable, __file__, "--side", "decode", *(["--tiny"] if args.tiny else [])])
     if error:
         raise SystemExit(f"decoding: {error}")
-    bandwidth = args.bandwidth or BANDWIDTH.get(got["device"])
+    bandwidth = args.bandwidth or got["bandwidth"]
     print(f"decoding on {got['device']}, " + (f"{bandwidth / 1e9:,.0f} GB/s" if bandwidth else
-          "whose memory bandwidth is not in the table: give --bandwidth") + "; goal 80% of the bound")
+          "whose memory bandwidth is not in topology.CHIPS: give --bandwidth") + "; goal 80% of the bound")
     print(f"{'batch':>5} {'ms/token':>9} {'tok/s':>9} {'GB/token':>9} {'of the bound':>13}")
     for batch, seconds, size in got["rows"]:
         share = f"{100 * size / bandwidth / seconds:>12.1f}%" if bandwidth else f"{'?':>13}"
