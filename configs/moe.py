@@ -10,7 +10,7 @@ most loaded expert. metrics.jsonl has the router's losses, entropy, load and dro
 from fm_jax import config as fm_config
 from fm_jax.errors import choose
 
-_LARGE = dict(dtype="bfloat16", remat="full", tie_embeddings=False)
+_LARGE = dict(dtype="bfloat16", remat="full", tie_embeddings=False, loss_chunk_tokens=4096)
 # The first two are published shapes, the others near published ones.
 SHAPES = {
     # arXiv:2401.04088 and the model's config.json.

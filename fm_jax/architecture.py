@@ -234,7 +234,8 @@ class Architecture:
 # About the named number of parameters, vocabulary included. 1B and up are the published shapes of
 # Llama 3 (arXiv:2407.21783 and the Llama 3.2 model cards); 125m and 350m keep GPT-3's widths
 # (arXiv:2005.14165, table 2.1); the rest are scaled for one laptop core to one accelerator.
-_LLAMA3 = dict(vocab_size=128256, rope_theta=500000.0, norm_eps=1e-5, max_seq_len=8192, dtype="bfloat16", remat="full")
+_LLAMA3 = dict(vocab_size=128256, rope_theta=500000.0, norm_eps=1e-5, max_seq_len=8192, dtype="bfloat16", remat="full",
+               loss_chunk_tokens=4096)   # each piece gathers the head
 SIZES = {
     "1m": dict(vocab_size=2048, num_layers=4, embed_dim=128, num_heads=4),
     "10m": dict(vocab_size=8192, num_layers=8, embed_dim=288, num_heads=6),

@@ -64,7 +64,7 @@ def load(path, traced, mesh, config, tokenizer):
         header = json.loads(line)
         form, old, size, crc32 = (header[key] for key in ("format", "of", "bytes", "crc32"))
     except OSError as e:
-        raise UserError(f"{what} cannot be read ({e.strerror}); plan it with --compiled_step, or leave this out") from None
+        raise UserError(f"{what} cannot be read ({e.strerror}); plan it with --compiled_step, or leave it out") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{what}: not a file of plan --compiled_step") from None
     if form != FORMAT:
@@ -73,11 +73,11 @@ def load(path, traced, mesh, config, tokenizer):
         raise UserError(f"{what} is damaged: it has {len(code):,} bytes of code, and was written with {size:,} and "
                         "another checksum; copy or plan it again")
     new = json.loads(json.dumps(_ingredients(mesh, config, tokenizer)))
-    differ = [f"{key} {old.get(key)!r} there, {new.get(key)!r} here" for key in [*new, *(k for k in old if k not in new)]
+    differ = [f"{key} {old.get(key)!r} there, {new.get(key)!r} here" for key in dict.fromkeys([*new, *old])
               if old.get(key) != new.get(key)]
     if differ:
-        raise UserError(f"{what} is of another train step ({'; '.join(differ[:10])}): plan it again, or leave it out to "
-                        "compile here")
+        raise UserError(f"{what} is of another train step ({'; '.join(differ[:10])}): plan it again, or leave it out "
+                        "to compile here")
     devices = list(mesh.devices.flat)
     return serialize_executable.deserialize_and_load(
         code, jax.tree.structure(traced.args_info), jax.tree.structure(traced.out_info), backend=devices[0].client,

@@ -156,8 +156,8 @@ def search(config, topology, *, fixed=(), compile_best: int = 3, progress=lambda
 
     Every mesh of all devices over data, fsdp and tensor, with the axes `fixed` as the config has them, and every remat
     policy but those that offload to the host, whose time the analytic model does not know, each with the fewest
-    microbatches (from the config's number on) that it finds room for. The best are compiled until `compile_best` of them fit, at most twice as many; they rank before the rest,
-    and what does not fit ranks last.
+    microbatches (from the config's number on) that it finds room for. The best are compiled until `compile_best` of
+    them fit, at most twice as many; they rank before the rest, and what does not fit ranks last.
 
     Raises:
       UserError: no mesh divides the model and the batch.

@@ -69,7 +69,10 @@ class TokenEmbed(nn.Module):
         # Where sequences are cut, the pieces that a device has are rows of their own, and stay on it.
         apart = lambda x: x.reshape(B, n, T // n, *x.shape[2:]).swapaxes(0, 1).reshape(n * B, T // n, *x.shape[2:])
         together = lambda x: x.reshape(n, B, T // n).swapaxes(0, 1).reshape(B, T)
+        rows = [x_BTD, labels_BT, weights_BT]
+        if n > 1:
+            rows = [layout.constrain(apart(x), "pieces", *(None,) * (x.ndim - 1)) for x in rows]
         total, tokens = kernels.cross_entropy_sum(
-            apart(x_BTD), self.head, apart(labels_BT), apart(weights_BT), z_loss=z_loss, softcap=a.logit_softcap,
-            chunk_length=max(1, a.loss_chunk_tokens * parts // (n * B)), layout=layout)
-        return total, tuple(map(together, tokens))
+            rows[0], self.head, rows[1], rows[2], z_loss=z_loss, softcap=a.logit_softcap,
+            chunk_length=max(1, a.loss_chunk_tokens * parts // (n * B)))
+        return total, tuple(map(together, tokens)) if n > 1 else tokens

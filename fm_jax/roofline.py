@@ -82,10 +82,12 @@ def train(config, state, axes, sizes: dict[str, int], topology: Topology) -> Est
     bytes_of = lambda widths: width * (widths[0] / layout.parts("between") * n["context"] + widths[1] / t)
     kept, whole = bytes_of(saved_widths(a)[policy]), bytes_of(saved_widths(a)["none"])
     table, tables = a.vocab_size * a.embed_dim / t, 1 if a.tie_embeddings else 2
-    # What is there beside the kept activations while the loss goes back: the head, its gradient in float32 and logits;
-    # and while a layer does: its weights and the next one's, and all it makes.
-    loss = (width + 4) * (table + min(tokens, a.loss_chunk_tokens) * a.vocab_size / t)
-    layer = 2 * (gathered - tables * width * table) / layers + 2 * tokens / n["stage"] * whole
+    # What is there beside the kept activations while the loss goes back: the head and logits with their gradient, or the
+    # head's gradient in float32 with that of logits, and the last layer's weights; and while a layer does: its weights
+    # and the next one's, and all it makes.
+    logits, weights = min(tokens, a.loss_chunk_tokens) * a.vocab_size / t, (gathered - tables * width * table) / layers
+    loss = max(width * table + (width + 4) * logits, 4 * table + width * logits) + weights
+    layer = 2 * weights + 2 * tokens / n["stage"] * whole
     if a.num_experts and not a.capacity_factor:   # rows of a device's experts: room for every token of the axis
         more = n["expert"] * min(a.experts_per_token, a.num_experts // n["expert"]) / a.experts_per_token - 1
         layer += more * tokens / n["stage"] * width * a.experts_per_token * (a.embed_dim + a.expert_dim / t)

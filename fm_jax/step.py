@@ -105,8 +105,8 @@ class Program:
           UserError: the file is not of this program.
         """
         if self.config.compiled_step:
-            self.train_step = compiled_step.load(self.config.compiled_step, self.traced(), self.layout.mesh, self.config,
-                                                 tokenizer)
+            self.train_step = compiled_step.load(
+                self.config.compiled_step, self.traced(), self.layout.mesh, self.config, tokenizer)
 
     def traced(self):
         """Returns the traced train step, to be lowered and compiled for the devices of its mesh."""

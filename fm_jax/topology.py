@@ -77,7 +77,8 @@ CHIPS = {
 # sides do not fall. Source: the pages above.
 SHAPES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SHAPES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
-# Where there is no TPU, libtpu would look for one and its neighbours, ask a metadata server, and refuse a second process.
+# Where there is no TPU, libtpu would look for one and its neighbours, ask a metadata server, and refuse a second
+# process.
 _LIBTPU_ALONE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
                  "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 

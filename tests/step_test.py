@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fm_jax import config as config_lib
-from fm_jax import hlo, objectives, sharding, tree
+from fm_jax import objectives, sharding, tree
 from fm_jax.errors import UserError
 from fm_jax.step import Program
 
@@ -129,19 +129,6 @@ def test_the_models_use_every_rule():
     axes = {a for model in MODELS for t in jax.tree.leaves(make(model=model).axes, is_leaf=sharding.is_axes) for a in t}
     of_experts = {"experts", "expert_embed", "router"}   # in moe_test.py
     assert axes | of_experts | {"batch", "length", "between", "pieces"} == set(sharding.RULES)
-
-
-@pytest.mark.parametrize("mesh", [dict(data=2, fsdp=2, tensor=2), dict(context=2, fsdp=2)], ids=str)
-def test_the_head_crosses_devices_once_whatever_the_chunks_of_its_logits(mesh):
-    """In the compiled step, as many bytes are moved with eight chunks as with one."""
-    def moved(chunk):
-        program = make(mesh, **{"model.loss_chunk_tokens": chunk, "model.vocab_size": 512})
-        text = program.train_step.lower(program.abstract, program.batch_spec, 0).compile().as_text()
-        return sum(c.nbytes * c.times for c in hlo.collectives(text, program.layout.mesh.shape) if c.nbytes >= 512 * 8)
-
-    head = 512 * 16 * 4
-    few, many = moved(BATCH * LENGTH), moved(BATCH * LENGTH // 8)
-    assert head < few and many < few + head / 2
 
 
 @pytest.mark.parametrize("mesh, n", [({}, 4), (dict(data=2, fsdp=2, tensor=2), 2)], ids=str)
