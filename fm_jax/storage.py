@@ -159,7 +159,7 @@ def _store(scheme, bucket):
 
 @functools.cache
 def _meet(url):
-    """Returns nothing where the bucket can be listed and read, and raises UserError soon where it cannot."""
+    """Returns nothing where the bucket can be listed, and raises UserError soon where it cannot be reached."""
     import tensorstore as ts
 
     try:
@@ -167,7 +167,6 @@ def _meet(url):
     except ValueError as error:   # of the bucket's name
         raise UserError(f"{url}: {said(error)}") from None
     _answer(store.list(ts.KvStore.KeyRange(".fm_jax_", ".fm_jax_0")), url, FIRST_TIMEOUT_S)
-    _answer(store.read(".fm_jax_"), url, FIRST_TIMEOUT_S)   # see `_range`
 
 
 def spec(scheme: str, bucket: str, retries: dict | None = None) -> dict:

@@ -138,13 +138,15 @@ def child(code, *arguments, **environment):
 
 
 TRAIN = 'runpy.run_module("fm_jax.train", run_name="__main__", alter_sys=True)'
-KILLED_IN_SAVE = """
-    write = checkpoint._write_json
+KILLED_AT_COMMIT = """
+    write, step, after = checkpoint._write_json, sys.argv.pop(1), sys.argv.pop(1) == "after"
 
     def write_json(path, value):
-        if str(path).endswith("checkpoints/8/meta.json"):
+        at = str(path).endswith(f"checkpoints/{step}/meta.json")
+        if not at or after:
+            write(path, value)
+        if at:
             os.kill(os.getpid(), signal.SIGKILL)
-        write(path, value)
 
     checkpoint._write_json = write_json
     runpy.run_module("fm_jax.train", run_name="__main__", alter_sys=True)
@@ -157,8 +159,11 @@ KILLED_IN_SAVE = """
 def test_a_run_killed_in_a_save_continues_bitwise_and_is_used_as_one_on_a_disk(url, tiny_run, tiny_flags, command,
                                                                                        tmp_path):
     local, _ = tiny_run
-    killed = child(KILLED_IN_SAVE, *tiny_flags, f"--workdir={url}")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = child(KILLED_AT_COMMIT, 4, "after", *tiny_flags, f"--workdir={url}",
+                   "--config.checkpoint.asynchronous=false")   # nothing is trained or written meanwhile
+    assert killed.returncode == -signal.SIGKILL and steps_there(url) == ({4}, {4}), killed.stderr
+    killed = child(KILLED_AT_COMMIT, 8, "before", *tiny_flags, f"--workdir={url}")
+    assert killed.returncode == -signal.SIGKILL and f"continuing {url} from step 4" in killed.stdout, killed.stderr
     assert steps_there(url) == ({4}, {4, 8}) and checkpoint.steps(url) == [4]   # all of 8 is there but its commit
     assert not any(n.startswith(".trial") for n in names(url)) and "cannot be locked" in killed.stdout
     done = command("train", *tiny_flags, f"--workdir={url}")
@@ -285,8 +290,10 @@ def test_wrong_credentials_for_google_are_one_line(tiny_flags):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         at = f"http://127.0.0.1:{server.server_port}"
         line = refused(tiny_flags, "gs://runs/a/run", TENSORSTORE_GCS_HTTP_URL=at, **WHO)
+        listed = child("storage.place(sys.argv[1]).keys()", "gs://runs/a/run", TENSORSTORE_GCS_HTTP_URL=at, **WHO)
         server.shutdown()
     assert "lacks storage.objects.list" in line and "GOOGLE_APPLICATION_CREDENTIALS" in line
+    assert listed.returncode == 1 and "lacks storage.objects.list" in listed.stderr   # and not an empty list
 
 
 def test_a_store_that_goes_away_at_a_save_stops_the_run_and_the_same_command_goes_on(tiny_run, tiny_flags, tmp_path):

@@ -655,7 +655,7 @@ def test_a_bucket_out_of_reach_is_said_before_anything_is_compiled(inline, tiny_
         for flags in (["--workdir=gs://bucket/run"], ["--workdir=s3://bucket/run"],
                       ["--workdir=run", "--config.checkpoint.continue_from=gs://bucket/run"]):
             code, _, err = inline("train", *tiny_flags, *flags)
-            assert code == 2 and "://bucket: the store did not do what was asked" in err and "be reached" in err, err
+            assert code == 2 and "bucket/run: the store did not do what was asked" in err and "be reached" in err, err
             assert err.count("\n") == 1 and not [p for p in tmp_path.rglob("*") if p.name not in ("run", "lock")]
         code, _, err = inline("generate", "--workdir=gs://bucket/run", "--prompt=a")
         assert code == 2 and err.count("\n") == 1, err
