@@ -24,9 +24,9 @@ test: $(VENV)/.test  ## all tests but the slow ones
 slow: $(VENV)/.test  ## the slow tests
 	$(PYTEST) -m slow tests
 
-clients: $(VENV)/.test  ## tests with the openai client and lm-evaluation-harness, which it installs
+clients: $(VENV)/.test  ## tests with the openai client, lm-evaluation-harness and servers of buckets, which it installs
 	$(PIP) --requirement tests/requirements_clients.txt
-	$(PYTEST) tests/serve_test.py tests/lm_eval_test.py tests/evals
+	$(PYTEST) tests/serve_test.py tests/lm_eval_test.py tests/evals tests/buckets_test.py
 
 clean:  ## removes the environment and caches; keeps runs/ and data/
 	rm -rf $(VENV) .cache .pytest_cache build fm_jax.egg-info

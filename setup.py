@@ -32,6 +32,7 @@ setuptools.setup(
         "sentencepiece",
         "starlette",
         "tensorboardX",
+        "tensorstore",
         "tokenizers",
         "tqdm",
         "uvicorn",

@@ -16,9 +16,10 @@ uncompressed: random floats do not compress, and trying costs more than half of 
 
 All processes of a multi-host run call these functions together and see the same folder.
 
-A bucket is not written to: gs:// and s3:// are refused at the start. Orbax could write arrays there, but what makes a
-checkpoint here whole or absent is one rename of a folder, the metrics are a file that grows, and the lock is the
-kernel's; stores of objects have none of the three. A mounted bucket is tried at the start like any folder, see `lock`.
+In a bucket (gs://, s3://; see `storage`) nothing can be renamed at once. There `meta.json` itself commits: a step
+without it is a leftover, and a step loses it before anything else of it goes. There is no lock, and no limit of space
+to look up. Everything else is as above; what it costs is that each process reads back what it wrote, for the checksums,
+while training goes on. A mounted bucket is tried at the start like any folder, see `lock`.
 """
 
 from concurrent import futures
@@ -26,6 +27,7 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import io
 import json
 import logging
 import os
@@ -47,16 +49,18 @@ import ml_collections
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import future as ocp_future
 
 import fm_jax
 from fm_jax import config as config_lib
-from fm_jax import distributed, tree
+from fm_jax import distributed, storage, tree
 from fm_jax.errors import UserError, choose
 
 FORMAT = 1                # of meta.json
 # See `_checksum`. No two sectors of a piece share their columns, as 8191 is prime.
 PIECE_SHAPE = 16, 8191               # of 64-bit words
 BLOCK_BYTES = 16 * 8 * 16 * 8191     # 16 pieces have one checksum: threads share a large file, errors say where
+OBJECTS_AT_ONCE = 4                  # of a bucket, being read whole, each of 400 MB at most
 # What may change between two starts of one run, of the sections that otherwise must not.
 FIXED = ("objective", "objective_args", "model", "seed", "batch_size", "seq_len", "optimizer.name",
          "optimizer.moment_dtype")
@@ -71,13 +75,20 @@ FREE = ("model.dtype", "model.matmul_dtype", "model.remat", "model.scan_layers",
 def lock(folder):
     """Holds a run folder, made where it is not there, for one training run: a second one would destroy its files.
 
-    The kernel lets go of `RUN/lock` when process 0 ends, however it ends. What a run does in the folder is tried
-    here: a wrong mount, or one that is not the same for all processes, must not show at the first save.
+    The kernel lets go of `RUN/lock` when process 0 ends, however it ends; in a bucket there is none. What a run does in
+    the folder is tried here: a wrong mount, or one that is not the same for all processes, or wrong credentials, must
+    not show at the first save.
 
     Raises:
       UserError: another process trains there, the folder cannot be written, or not by all processes.
     """
-    folder, taken = _local(folder), False
+    folder, taken = storage.place(folder), False
+    if isinstance(folder, storage.Url):
+        _try_bucket(folder)
+        if jax.process_index() == 0:
+            print(f"{folder} cannot be locked, as it is in a bucket: see to it that no other process trains there")
+        yield
+        return
     with contextlib.ExitStack() as held:
         if jax.process_index() == 0:
             with _writable(folder):
@@ -99,10 +110,8 @@ def lock(folder):
 
 def _try(folder):
     """Raises UserError where not every process can write a file in a folder that process 0 makes, and then renames."""
-    number, mark = jax.process_index(), np.int32(int.from_bytes(os.urandom(3)))
-    if jax.process_count() > 1:
-        mark = multihost_utils.broadcast_one_to_all(mark)
-    trial, renamed = folder / f".trial_{int(mark)}", folder / f".trial_{int(mark)}.renamed"
+    number, mark = jax.process_index(), _common_mark()
+    trial, renamed = folder / f".trial_{mark}", folder / f".trial_{mark}.renamed"
     with _writable(folder):
         if number == 0:
             for left in folder.glob(".trial_*"):   # by a run that was killed here
@@ -114,8 +123,7 @@ def _try(folder):
                 break
             time.sleep(0.2)
         else:
-            raise UserError(f"--workdir={folder}: process {number}, on {socket.gethostname()}, does not see what "
-                            "process 0 writes there; name a folder that all hosts share")
+            raise _unshared(folder)
         with open(trial / str(number), "wb") as file:
             file.write(b"x")
             os.fsync(file.fileno())
@@ -128,31 +136,61 @@ def _try(folder):
                 shutil.rmtree(renamed, ignore_errors=True)
 
 
+def _try_bucket(folder):
+    """Raises UserError where not every process can write, read, list and delete, and sees what process 0 writes."""
+    own, mark = folder / ".trial" / str(jax.process_index()), str(_common_mark())
+    own.write_text(mark)
+    if own.name not in own.parent.keys():
+        raise UserError(f"--workdir={folder}: what is written there is not in the list of its objects: it has to be "
+                        "listed too")
+    _sync("trial objects written")
+    if not (own.parent / "0").is_file() or (own.parent / "0").read_text() != mark:
+        raise _unshared(folder)
+    _sync("trial objects read")
+    own.unlink()
+
+
+def _common_mark():
+    """Returns a number that is the same in all processes, and another at each start."""
+    mark = np.int32(int.from_bytes(os.urandom(3)))
+    return int(mark if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(mark))
+
+
+def _unshared(folder):
+    return UserError(f"--workdir={folder}: process {jax.process_index()}, on {socket.gethostname()}, does not see what "
+                     "process 0 writes there; name a folder that all hosts share")
+
+
 def describe_run(folder, config: ml_collections.ConfigDict, step: int, *, tokenizer=None,
                  data: dict | None = None) -> None:
     """Returns nothing; writes what describes the run, after `start` has found where it begins: at `step`.
 
     `tokenizer`: has `fingerprint` and `save(folder)`. `data`: {name: fingerprint}, JSON values.
-    Checkpoints of later steps, which are corrupt if `start` has passed over them, are renamed to STEP.corrupt.
+    Checkpoints of later steps, which are corrupt if `start` has passed over them, are renamed to STEP.corrupt; in a
+    bucket, their meta.json to meta.json.corrupt, until that step is saved again.
 
     Raises:
       UserError: the folder cannot be written.
     """
-    folder = _local(folder)
+    folder = storage.place(folder)
     _sync("run folder read")   # no process writes before all have looked
-    if jax.process_index() != 0:
-        return
-    with _writable(folder):
-        run = _read_run(folder) if steps(folder) else {}
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        _describe(folder, config, step, tokenizer, data)
+    _sync("run folder described")   # nor looks again before one has written
+
+
+def _describe(folder, config, step, tokenizer, data):
+    with _writable(folder), storage.local(folder) as files:
+        run, here = _read_run(folder) if steps(folder) else {}, files.path
+        (here / "checkpoints").mkdir(parents=True, exist_ok=True)
         for path, aside in _set_aside(folder, step):
             path.rename(aside)
-        config_lib.save(config, folder / "config.json.new")
-        os.replace(folder / "config.json.new", folder / "config.json")
+        config_lib.save(config, here / "config.json.new")
+        os.replace(here / "config.json.new", here / "config.json")
         if tokenizer is not None and run.get("tokenizer") != tokenizer.fingerprint:
-            tokenizer.save(folder / "tokenizer")
+            tokenizer.save(here / "tokenizer")
         run |= _fingerprints(tokenizer, data) | {"starts": [*run.get("starts", []), _versions()]}
-        _write_json(folder / "run.json", run)
+        _write_json(here / "run.json", run)
 
 
 @contextlib.contextmanager
@@ -166,14 +204,16 @@ def _writable(folder):
 
 def _set_aside(folder, step):
     """Returns [(path, path it is to have)] of the checkpoints after `step`."""
-    free = lambda s: next(p for i in range(10**6)
-                          if not (p := folder / "checkpoints" / f"{s}.corrupt{i or ''}").exists())
-    return [(folder / "checkpoints" / str(s), free(s)) for s in steps(folder) if s > step]
+    checkpoints, later = folder / "checkpoints", [str(s) for s in steps(folder) if s > step]
+    if isinstance(folder, storage.Url):
+        return [(checkpoints / s / "meta.json", checkpoints / s / "meta.json.corrupt") for s in later]
+    free = lambda s: next(p for i in range(10**6) if not (p := checkpoints / f"{s}.corrupt{i or ''}").exists())
+    return [(checkpoints / s, free(s)) for s in later]
 
 
 def _read_run(folder):
     """Returns the contents of run.json, {} where there is none. Raises UserError where it is damaged."""
-    path = _local(folder) / "run.json"
+    path = storage.place(folder) / "run.json"
     try:
         run = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -190,15 +230,8 @@ def check_tokenizer(folder, tokenizer) -> None:
     """Returns nothing. Raises UserError where a run's tokenizer is not the one that its checkpoints were made with."""
     wanted = _read_run(folder).get("tokenizer")
     if wanted not in (None, tokenizer.fingerprint):
-        raise UserError(f"{_local(folder) / 'tokenizer'} (sha256 {tokenizer.fingerprint[:12]}) is not the tokenizer of "
-                        f"the checkpoints, which by run.json has sha256 {wanted[:12]}: put that one back")
-
-
-def _local(folder):
-    if scheme := re.match(r"([a-z][a-z0-9+.-]+):/", str(folder)):   # pathlib has made gs:/ of gs://
-        raise UserError(f"{folder}: {scheme[1]}:// is not supported; a run lives in a folder of a mounted file system "
-                        "that can rename folders and append to files: name such a path")
-    return pathlib.Path(folder)
+        raise UserError(f"{storage.place(folder) / 'tokenizer'} (sha256 {tokenizer.fingerprint[:12]}) is not the "
+                        f"tokenizer of the checkpoints, which by run.json has sha256 {wanted[:12]}: put that one back")
 
 
 def _fingerprints(tokenizer, data):
@@ -232,7 +265,9 @@ def _git_commit():
 
 def steps(folder) -> list[int]:
     """Returns the steps of the committed checkpoints of a run folder, ascending."""
-    checkpoints = _local(folder) / "checkpoints"
+    checkpoints = storage.place(folder) / "checkpoints"
+    if isinstance(checkpoints, storage.Url):
+        return sorted(int(k.split("/")[0]) for k in checkpoints.keys() if re.fullmatch(r"\d+/meta\.json", k))
     if not checkpoints.is_dir():
         return []
     return sorted(int(d.name) for d in checkpoints.iterdir() if d.name.isdecimal() and d.is_dir())
@@ -246,14 +281,16 @@ def verify(folder, step: int, items: tuple[str, ...] = ("params", "ema", "optimi
     Raises:
       UserError: the checkpoint is of a format of a newer fm_jax.
     """
-    checkpoint = _local(folder) / "checkpoints" / str(step)
+    checkpoint = storage.place(folder) / "checkpoints" / str(step)
     meta, problem = _read_meta(checkpoint)
     if problem:
         return problem
+    files = [(name, file) for name, file in sorted(meta["files"].items()) if name.split("/")[0] in items]
+    if isinstance(checkpoint, storage.Url):   # no object is shared: each is read once
+        bad = _first_bad(files, lambda named: _checksums_of_object(checkpoint / named[0]) == named[1], OBJECTS_AT_ONCE)
+        return "" if bad is None else f"{bad[0]} is missing, or changed since it was written"
     blocks = []
-    for name, file in sorted(meta["files"].items()):
-        if name.split("/")[0] not in items:
-            continue
+    for name, file in files:
         path = checkpoint / name
         size = path.stat().st_size if path.is_file() else None
         if size is None:
@@ -261,17 +298,22 @@ def verify(folder, step: int, items: tuple[str, ...] = ("params", "ema", "optimi
         if size != file["bytes"]:
             return f"{name} has {size} bytes instead of {file['bytes']}"
         blocks += [(path, i, checksum) for i, checksum in enumerate(file["checksums"])]
-    mine = range(jax.process_index(), len(blocks), jax.process_count())
-    with _threads() as pool:
-        found = pool.map(lambda b: _checksum(*blocks[b][:2]), mine)
-        bad = [b for b, checksum in zip(mine, found) if checksum != blocks[b][2]]
-    first = min(bad, default=len(blocks))
+    bad = _first_bad(blocks, lambda block: _checksum(*block[:2]) == block[2])
+    if bad is None:
+        return ""
+    path, i, _ = bad
+    return f"{path.relative_to(checkpoint)} changed since it was written, from byte {i * BLOCK_BYTES} on"
+
+
+def _first_bad(parts, good, at_once=None):
+    """Returns the first of `parts` that is not `good`, None where all are; several processes share them, and agree."""
+    mine = range(jax.process_index(), len(parts), jax.process_count())
+    with _threads(at_once) as pool:
+        bad = [i for i, right in zip(mine, pool.map(lambda i: good(parts[i]), mine)) if not right]
+    first = min(bad, default=len(parts))
     if jax.process_count() > 1:
         first = int(np.min(multihost_utils.process_allgather(np.int32(first))))
-    if first == len(blocks):
-        return ""
-    path, i, _ = blocks[first]
-    return f"{path.relative_to(checkpoint)} changed since it was written, from byte {i * BLOCK_BYTES} on"
+    return parts[first] if first < len(parts) else None
 
 
 def restore(folder, step: int, abstract):
@@ -284,7 +326,7 @@ def restore(folder, step: int, abstract):
     Raises:
       UserError: names, shapes or dtypes differ from the checkpoint's; the first ten are listed.
     """
-    checkpoint = _local(folder) / "checkpoints" / str(step)
+    checkpoint = storage.place(folder) / "checkpoints" / str(step)
     wanted, has_ema = _items(abstract), (checkpoint / "ema").is_dir()
     there = {name: name if name != "ema" or has_ema else "params" for name in wanted}
     lines = tree.difference(_named(abstract if has_ema else abstract.replace(ema=None)),
@@ -306,7 +348,7 @@ def restore_params(folder, step: int | None = None, abstract=None, *, ema: bool 
     Raises:
       UserError: no checkpoint there, it is corrupt, or lacks a parameter of that shape.
     """
-    folder = _local(folder)
+    folder = storage.place(folder)
     there = _some_steps(folder)
     step = there[-1] if step is None else choose(step, there, f"checkpoints of {folder}")
     checkpoint = folder / "checkpoints" / str(step)
@@ -338,14 +380,14 @@ def start(folder, config: ml_collections.ConfigDict, abstract, init, *, axes=Non
         optimizer, tokenizer or data; `continue_from`, another objective or tokenizer; `init_from`, another
         tokenizer, while a parameter with a vocabulary axis would come from it.
     """
-    folder, options = _local(folder), config.checkpoint
+    folder, options = storage.place(folder), config.checkpoint
     distributed.agree(steps(folder), folder / "checkpoints")
     if steps(folder):
         note = _check_same(folder, config, FIXED, tokenizer, data, remedy=(
             f"take another --workdir, with --config.checkpoint.continue_from={folder} to go on from that run's state, "
             "or init_from to begin with its parameters"))
         state, step, more = _continued(folder, options.on_corrupt, abstract)
-        aside = ", ".join(new.name for _, new in _set_aside(folder, step))
+        aside = ", ".join(str(new.relative_to(folder / "checkpoints")) for _, new in _set_aside(folder, step))
         return state, step, f"continuing {folder} from step {step}{note}{more}" + (f", now {aside}" if aside else "")
     if options.continue_from:
         note = _check_same(options.continue_from, config, ("objective",), tokenizer, remedy=(
@@ -359,7 +401,7 @@ def start(folder, config: ml_collections.ConfigDict, abstract, init, *, axes=Non
         chosen = tree.flatten(tree.mask(abstract.params, [options.init_pattern], "config.checkpoint.init_pattern"))
         wanted = {n: a for n, a in tree.flatten(abstract.params).items() if chosen[n]}
         note += _check_vocabulary(options.init_from, wanted, axes, tokenizer)
-        checkpoint = _local(options.init_from) / "checkpoints" / str(step)
+        checkpoint = storage.place(options.init_from) / "checkpoints" / str(step)
         read = tree.flatten(_read_params(checkpoint / item(checkpoint), _nest(wanted)))
         state = init()
         state = state.replace(params=tree.map_named(lambda n, p: read.get(n, p), state.params))
@@ -377,7 +419,7 @@ def _check_same(folder, config, sections, tokenizer, data=None, *, remedy):
     if not run:
         return "; it has no run.json: its settings, tokenizer and data are not compared"
     old, new = (tree.flatten(c.to_dict(), is_leaf=lambda value: not isinstance(value, dict))
-                for c in (config_lib.load(_local(folder) / "config.json")[0], config))
+                for c in (config_lib.load(storage.place(folder) / "config.json")[0], config))
     keys = [k for k in sorted({*old, *new}) if k not in FREE and f"{k}.".startswith(tuple(f"{s}." for s in sections))]
     show = lambda c, k: repr(c[k]) if k in c else "unset"
     lines = [f"{k}: {show(old, k)} -> {show(new, k)}" for k in keys if show(old, k) != show(new, k)]
@@ -407,7 +449,7 @@ def _check_vocabulary(folder, wanted, axes, tokenizer):
 def _continued(folder, on_corrupt, abstract):
     """Returns (state, step, note) of the newest good checkpoint of a run, its average as `abstract` wants it."""
     step, note = _newest_good(folder, on_corrupt, lambda _: tuple(_items(abstract)))
-    has_ema = (_local(folder) / "checkpoints" / str(step) / "ema").is_dir()
+    has_ema = (storage.place(folder) / "checkpoints" / str(step) / "ema").is_dir()
     if has_ema and abstract.ema is None:
         note += "; its average of the parameters is not read (optimizer.ema_decay=0)"
     if not has_ema and abstract.ema is not None:
@@ -417,7 +459,7 @@ def _continued(folder, on_corrupt, abstract):
 
 def _newest_good(folder, on_corrupt, items):
     """Returns (step, note on corrupt ones); verified are `items(path)`. Raises UserError if none, or newest corrupt."""
-    folder, corrupt = _local(folder), []
+    folder, corrupt = storage.place(folder), []
     for step in reversed(_some_steps(folder)):
         problem = verify(folder, step, items(folder / "checkpoints" / str(step)))
         if not problem:
@@ -461,7 +503,7 @@ def _stored(checkpoint, items):
 
 
 def _metadata(path):
-    return _handler().metadata(epath.Path(path.absolute())).tree
+    return _handler().metadata(_for_orbax(path)).tree
 
 
 def _read_params(path, abstract):
@@ -480,7 +522,7 @@ def _read_params(path, abstract):
 
 def _read_item(path, abstract):
     """Returns one item's tree. `abstract`: what to read of it, and how; None: everything, as NumPy arrays."""
-    path = path.absolute()   # Orbax takes no other
+    path = _for_orbax(path)
     with ocp.Checkpointer(_handler()) as reader:
         if abstract is None:
             how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _metadata(path))
@@ -490,6 +532,12 @@ def _read_item(path, abstract):
         abstract = jax.tree.map(placed, abstract)
         how = ocp.checkpoint_utils.construct_restore_args(abstract)
         return reader.restore(path, args=ocp.args.PyTreeRestore(abstract, how, partial_restore=True))
+
+
+def _for_orbax(path):
+    if isinstance(path, storage.Url):
+        storage.teach_orbax()
+    return epath.Path(path.absolute())   # it takes no other
 
 
 def _nest(flat):
@@ -515,7 +563,8 @@ class Checkpoints:
 
     def __init__(self, folder, options: ml_collections.ConfigDict):
         """Removes what a killed run left half written. `options`: `config.checkpoint`."""
-        self._run = _local(folder)
+        self._run = storage.place(folder)
+        self._in_bucket = isinstance(self._run, storage.Url)
         self._folder = self._run / "checkpoints"
         self._options = options
         self._saving = None       # step being written
@@ -527,8 +576,7 @@ class Checkpoints:
         self._unhide = _hide_what_wait_raises()
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._delete([d for d in self._folder.iterdir() if ".orbax-checkpoint-tmp" in d.name
-                          or d.name.endswith(".deleted")])
+            self._delete(self._leftovers())
         _sync("checkpoint folder made")
         self._identity = _identity(self._folder)   # a writing thread would make it again, if it were removed
 
@@ -539,8 +587,8 @@ class Checkpoints:
         left alone. `metrics` are stored beside it; `best_metric` among them counts for `keep_best`.
 
         Raises:
-          UserError: this save, or the one before, did not fit on the disk. Earlier checkpoints are intact. Or the
-            folder was removed: it is made again, and has this step.
+          UserError: this save, or the one before, did not fit on the disk, or the store did not take it. Earlier
+            checkpoints are intact. Or the folder was removed: it is made again, and has this step.
         """
         gone = _any(_identity(self._folder) != self._identity)
         try:
@@ -556,15 +604,22 @@ class Checkpoints:
                 self._folder.mkdir(parents=True, exist_ok=True)
             _sync("checkpoint folder made again")
             self._identity = _identity(self._folder)
-        self._check_space(step, state)
+        if self._in_bucket:
+            self._make_way(step)
+        else:
+            self._check_space(step, state)
         self._saving = step
         items = _items(state)
-        handler = _Handler(**{name: _handler() for name in items})
+        # In a bucket without a folder for what is not complete yet: a rename would copy it all.
+        mode = ocp.options.AtomicityMode.COMMIT_FILE if self._in_bucket else ocp.options.AtomicityMode.AUTO
+        atomicity = ocp.options.AtomicityOptions(mode)
+        handler = _Handler(composite_options=ocp.CompositeOptions(atomicity_options=atomicity),
+                           **{name: _handler() for name in items})
         handler.meta = {"step": step, "metrics": {k: float(v) for k, v in (metrics or {}).items()}, **self._versions}
-        self._checkpointer = ocp.AsyncCheckpointer(handler)
+        self._checkpointer = ocp.AsyncCheckpointer(handler, atomicity_options=atomicity)
         args = {name: ocp.args.PyTreeSave(item) for name, item in items.items()}
         try:
-            self._checkpointer.save(self._folder.absolute() / str(step), args=_HandlerArgs(**args))
+            self._checkpointer.save(_for_orbax(self._folder / str(step)), args=_HandlerArgs(**args))
         except Exception as e:
             raise self._failed(e) from e
         if gone or not self._options.asynchronous:
@@ -612,6 +667,24 @@ class Checkpoints:
         meta, problem = _read_meta(self._folder / str(step))
         return float("inf") if problem else meta["metrics"].get(self._options.best_metric, float("inf"))
 
+    def _leftovers(self):
+        """Returns the folders of saves and deletions that a kill has cut short."""
+        if not self._in_bucket:
+            return [d for d in self._folder.iterdir() if ".orbax-checkpoint-tmp" in d.name
+                    or d.name.endswith(".deleted")]
+        marks = "meta.json", "meta.json.corrupt"   # asked for one by one: a list cut short must destroy nothing
+        names = {k.split("/")[0] for k in self._folder.keys()}
+        return [folder for folder in (self._folder / name for name in names if name.isdecimal())
+                if not any((folder / mark).is_file() for mark in marks)]
+
+    def _make_way(self, step):
+        """Returns when nothing is left of a checkpoint of that step, which was corrupt, nor of those being deleted."""
+        if jax.process_index() == 0:
+            if self._deleting:
+                self._deleting.result()
+            (self._folder / str(step)).rmtree()
+        _sync("room for a checkpoint made")
+
     def _check_space(self, step, state):
         shards = [s for x in jax.tree.leaves(state) for s in x.addressable_shards if s.replica_id == 0]
         need_gb = 1.01e-9 * sum(s.data.nbytes for s in shards) + 1e-3   # and what describes them
@@ -633,6 +706,9 @@ class Checkpoints:
         """Returns the exception that tells of `error`, after removing what was written of the step."""
         step, self._saving = self._saving, None
         self._unhide = lambda: None   # the last threads may end after this run
+        if self._in_bucket:   # which may be gone: what is there of the step, without meta.json, goes at the next start
+            return UserError(f"saving step {step} to {self._folder} failed: {storage.said(error)}; earlier checkpoints "
+                             f"are intact, the newest: {max(self._saved, default='none')}")
         if jax.process_index() == 0:
             for leftover in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -645,9 +721,15 @@ class Checkpoints:
         return RuntimeError(f"saving step {step} to {self._folder} failed: {type(error).__name__}: {error}")
 
     def _delete(self, folders):
-        """Hides folders at once, by one rename each, and deletes them in a thread."""
+        """Hides folders at once, each by one rename or without its meta.json, and deletes them in a thread."""
         if self._deleting and self._deleting.done():
             self._deleting.result()
+        if self._in_bucket:
+            for folder in folders:
+                (folder / "meta.json").unlink()
+            if folders:
+                self._deleting = self._deleter.submit(lambda: [folder.rmtree() for folder in folders])
+            return
         hidden = [f if f.name.endswith(".deleted") else f.rename(f.with_name(f.name + ".deleted")) for f in folders]
         if hidden:
             self._deleting = self._deleter.submit(lambda: [shutil.rmtree(f) for f in hidden])
@@ -674,18 +756,58 @@ def _handler():
 class _Handler(ocp.CompositeCheckpointHandler):
     """Writes `meta.json` when all items are written and the commit has not happened. Process 0, writing thread."""
 
+    async def async_save(self, directory, args):
+        written = await super().async_save(directory, args)
+        if not isinstance(directory, storage.Url):
+            return written
+        own = f"/ocdbt.process_{jax.process_index()}/"   # these are most of all bytes, and nobody else's
+        note = lambda: _write_json(directory / f"checksums_{jax.process_index()}.json", _checksums_of_objects(
+            directory, [k for k in directory.keys() if own in k]))
+        return [ocp_future.ChainedFuture(written, note)]
+
     def finalize(self, directory):
         super().finalize(directory)
-        root = pathlib.Path(directory)
-        files = sorted(p for p in root.rglob("*") if p.is_file() and p.parent != root)   # those above: Orbax's marks
-        blocks = [(p, i) for p in files for i in range(-(-p.stat().st_size // BLOCK_BYTES))]
-        checksums = {p: [] for p in files}
-        with _threads() as pool:
-            for (path, _), checksum in zip(blocks, pool.map(lambda b: _checksum(*b), blocks)):
-                checksums[path].append(checksum)
-        meta = self.meta | {"format": FORMAT, "files": {
-            str(p.relative_to(root)): {"bytes": p.stat().st_size, "checksums": checksums[p]} for p in files}}
+        in_bucket = isinstance(directory, storage.Url)
+        root = directory if in_bucket else pathlib.Path(directory)
+        files = _gathered_checksums(root) if in_bucket else _checksums_of_files(root)
+        meta = self.meta | {"format": FORMAT, "files": files}
         _write_json(root / "meta.json", meta | {"crc32_of_the_above": _own_crc32(meta)})
+
+
+def _checksums_of_files(root):
+    """Returns {name: {"bytes", "checksums"}} of the files in the folders of `root`; those above are Orbax's marks."""
+    files = sorted(p for p in root.rglob("*") if p.is_file() and p.parent != root)
+    blocks = [(p, i) for p in files for i in range(-(-p.stat().st_size // BLOCK_BYTES))]
+    checksums = {p: [] for p in files}
+    with _threads() as pool:
+        for (path, _), checksum in zip(blocks, pool.map(lambda b: _checksum(*b), blocks)):
+            checksums[path].append(checksum)
+    return {str(p.relative_to(root)): {"bytes": p.stat().st_size, "checksums": checksums[p]} for p in files}
+
+
+def _gathered_checksums(root):
+    """Returns the same of a checkpoint in a bucket: what each process noted of its own objects, and of the others."""
+    names, files = root.keys(), {}
+    for path in root.glob("checksums_*.json"):
+        files |= json.loads(path.read_bytes())
+        path.unlink()
+    return files | _checksums_of_objects(root, [k for k in names if "/" in k and k not in files])
+
+
+def _checksums_of_objects(root, names):
+    with _threads(OBJECTS_AT_ONCE) as pool:
+        return dict(zip(names, pool.map(lambda name: _checksums_of_object(root / name), names)))
+
+
+def _checksums_of_object(path):
+    """Returns {"bytes", "checksums"} of an object of a bucket, None where there is none."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    file = io.BytesIO(content)
+    blocks = range(-(-len(content) // BLOCK_BYTES))
+    return {"bytes": len(content), "checksums": [_checksum_of_block(file) for _ in blocks]}
 
 
 @ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)
@@ -716,6 +838,9 @@ def _own_crc32(meta):
 
 def _write_json(path, value):
     """Writes durably, and whole or not at all."""
+    if isinstance(path, storage.Url):
+        path.write_text(json.dumps(value, indent=1) + "\n")
+        return
     new = path.with_name(path.name + ".new")
     with open(new, "w", encoding="utf-8") as f:
         json.dump(value, f, indent=1)
@@ -726,7 +851,14 @@ def _write_json(path, value):
 
 
 def _checksum(path, block):
-    """Returns an int that changes with the contents of one block of a file.
+    """Returns an int that changes with the contents of one block of a file."""
+    with open(path, "rb") as f:
+        f.seek(block * BLOCK_BYTES)
+        return _checksum_of_block(f)
+
+
+def _checksum_of_block(f):
+    """Returns it of the block that begins here.
 
     The words of each piece are summed down its columns, and the CRC-32 of the sums is taken: 0.14 s per GB, where
     the CRC-32 of everything takes 0.36 s and made save + restore slower than torch.save (one core, EPYC,
@@ -735,20 +867,20 @@ def _checksum(path, block):
     """
     crc, left, piece = 0, BLOCK_BYTES, np.zeros(PIECE_SHAPE, np.uint64)
     buffer = memoryview(piece).cast("B")
-    with open(path, "rb") as f:
-        f.seek(block * BLOCK_BYTES)
-        while left and (n := f.readinto(buffer[:min(left, len(buffer))])):
-            buffer[n:] = bytes(len(buffer) - n)
-            crc, left = zlib.crc32(piece.sum(axis=0), crc), left - n
+    while left and (n := f.readinto(buffer[:min(left, len(buffer))])):
+        buffer[n:] = bytes(len(buffer) - n)
+        crc, left = zlib.crc32(piece.sum(axis=0), crc), left - n
     return crc
 
 
-def _threads():
-    return futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+def _threads(number=None):
+    return futures.ThreadPoolExecutor(number or min(8, os.cpu_count() or 1))
 
 
 def _identity(path):
-    """Returns what tells a folder from one that was made in its place; None where there is none."""
+    """Returns what tells a folder from one that was made in its place; None where there is none, as in a bucket."""
+    if isinstance(path, storage.Url):
+        return None
     try:
         found = os.stat(path)
     except FileNotFoundError:

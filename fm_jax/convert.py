@@ -65,12 +65,13 @@ def _import(args):
 
 
 def _export(args):
-    from fm_jax import checkpoint, hf, tree
+    from fm_jax import checkpoint, hf, storage, tree
     from fm_jax import tokenizer as tokenizers
     from fm_jax.architecture import Architecture
 
     config, _ = config_lib.load(f"{args.workdir}/config.json")
-    arch, tokenizer = Architecture(**config.model.to_dict()), tokenizers.load(f"{args.workdir}/tokenizer")
+    with storage.local(args.workdir, "tokenizer") as files:
+        arch, tokenizer = Architecture(**config.model.to_dict()), tokenizers.load(files.path / "tokenizer")
     family = hf.settings_of(arch)["model_type"]   # before a large checkpoint is read
     params = checkpoint.restore_params(args.workdir, args.step, ema=True)
     note = hf.save(args.to_hf, arch, params, tokenizer)

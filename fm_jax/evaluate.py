@@ -54,6 +54,7 @@ def evaluate(workdir, tasks: list[str], *, lm=None, num_fewshot: int | None = No
         cannot be written, before the evaluation.
     """
     import fm_jax
+    from fm_jax import storage
     from fm_jax.data import catalogue
     from fm_jax.evals import names, requests, results as results_lib
     from fm_jax.evals.tasks import TASKS
@@ -64,33 +65,41 @@ def evaluate(workdir, tasks: list[str], *, lm=None, num_fewshot: int | None = No
                         f"{', '.join(n for n, t in chosen.items() if t is None)}")
     lm = lm or fm_jax.load(workdir, step=step, mesh=mesh)
     texts, source = held_out(lm.config, data) if None in chosen.values() else ([], "")
-    folder = Path(output) if output else Path(workdir, "eval", *([] if lm.step is None else [str(lm.step)]))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}, where the results go: {error.strerror}") from error
-    for task in filter(None, chosen.values()):   # what is wrong with the last is said before hours on the first
-        requests.prepare(lm, task, limit=limit, chat=chat)
-    settings = {"version": fm_jax.__version__, "model": parameters_mark(lm.params), "step": lm.step, "limit": limit}
-    if chat:
-        template = hashlib.sha256(lm.tokenizer.chat_template.encode()).hexdigest()
-        settings |= {"chat": chat._asdict(), "chat_template": template}
-    suffix = "_chat" * bool(chat) + f"_limit{limit}" * bool(limit)
-    found = {}
-    for name, task in chosen.items():
-        if task:
-            found[name] = _file_task(lm, task, folder, settings, suffix, chat)
-        else:
-            found[name] = _built_in(lm, name, texts, folder, settings | {"data": source}, suffix, num_fewshot, data)
-        done(name, found[name]["metrics"])
-    for name, group in groups.items():
-        found[name] = _group(name, group, found, folder, settings, suffix)
-        done(name, found[name]["metrics"])
-    if lm.work.requests:
-        print(lm.work)
-    if output:
-        _write(folder / "results.md", results_lib.markdown(found), "the table")
+    there = storage.place(output or workdir)
+    if not output:
+        there = there.joinpath("eval", *([] if lm.step is None else [str(lm.step)]))
+    with storage.local(there, "") as files:
+        folder = files.path
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=folder):
+                files.push()
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}, where the results go: {error.strerror}") from error
+        for task in filter(None, chosen.values()):   # what is wrong with the last is said before hours on the first
+            requests.prepare(lm, task, limit=limit, chat=chat)
+        settings = {"version": fm_jax.__version__, "model": parameters_mark(lm.params), "step": lm.step,
+                    "limit": limit}
+        if chat:
+            template = hashlib.sha256(lm.tokenizer.chat_template.encode()).hexdigest()
+            settings |= {"chat": chat._asdict(), "chat_template": template}
+        suffix = "_chat" * bool(chat) + f"_limit{limit}" * bool(limit)
+        found = {}
+        for name, task in chosen.items():
+            if task:
+                found[name] = _file_task(lm, task, folder, settings, suffix, chat)
+            else:
+                found[name] = _built_in(lm, name, texts, folder, settings | {"data": source}, suffix, num_fewshot,
+                                        data)
+            files.push()
+            done(name, found[name]["metrics"])
+        for name, group in groups.items():
+            found[name] = _group(name, group, found, folder, settings, suffix)
+            done(name, found[name]["metrics"])
+        if lm.work.requests:
+            print(lm.work)
+        if output:
+            _write(folder / "results.md", results_lib.markdown(found), "the table")
     return {name: result["metrics"] for name, result in found.items()}
 
 

@@ -8,13 +8,12 @@
 
 import operator
 import os.path
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from fm_jax import checkpoint, config as config_lib, decode, distributed, hf, objectives, scoring, sharding, tree
-from fm_jax import tokenizer as tokenizers
+from fm_jax import checkpoint, config as config_lib, decode, distributed, hf, objectives, scoring, sharding, storage
+from fm_jax import tokenizer as tokenizers, tree
 from fm_jax.data.prepared import document_ends
 from fm_jax.errors import UserError, choose
 
@@ -34,11 +33,12 @@ def load(folder, *, step: int | None = None, mesh: dict | None = None, ema: bool
     Raises:
       UserError: no run there, no readable checkpoint, another tokenizer than theirs, or a mesh that does not fit.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file() and not hf.is_folder(folder):
+    folder = storage.place(folder)
+    is_hf = not isinstance(folder, storage.Url) and hf.is_folder(folder)
+    if not (folder / "config.json").is_file() and not is_hf:
         raise UserError(f"{folder}: no run here (no config.json); train one with python -m fm_jax.train "
                         f"--workdir {folder}")
-    if hf.is_folder(folder):
+    if is_hf:
         if step is not None:
             raise UserError(f"{folder}: step={step}: a folder of Hugging Face weights has no checkpoints")
         return load_hf(folder, mesh=mesh)
@@ -46,7 +46,8 @@ def load(folder, *, step: int | None = None, mesh: dict | None = None, ema: bool
     if filled:
         print(f"{folder / 'config.json'} is of an older version; these keys take today's default: {', '.join(filled)}")
     config.model.attention_kernel = "auto"   # the run's was for the machine that trained it
-    tokenizer = tokenizers.load(folder / "tokenizer")
+    with storage.local(folder, "tokenizer") as files:
+        tokenizer = tokenizers.load(files.path / "tokenizer")
     checkpoint.check_tokenizer(folder, tokenizer)
     objective, abstract = _abstract(config, tokenizer, mesh)
     step = max(checkpoint.steps(folder), default=None) if step is None else step

@@ -5,8 +5,6 @@
 Writes WORKDIR/loss.png and WORKDIR/eval. Layer 5.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from fm_jax import config as config_lib
@@ -20,11 +18,11 @@ NGRAM_BYTES = 10_000_000   # of training text at most: 0.6 GB of memory and 3 s 
 def report(workdir, prompts=PROMPTS, *, seed: int = 0, mesh: dict | None = None) -> str:
     """Returns the report as text, having written the evaluations and the plot to `workdir`."""
     import fm_jax
-    from fm_jax import metrics
+    from fm_jax import metrics, storage
     from fm_jax.evals import baselines
     from fm_jax.evaluate import evaluate, held_out
 
-    workdir = Path(workdir)
+    workdir = storage.place(workdir)
     lm = fm_jax.load(workdir, mesh=mesh)
     texts, _ = held_out(lm.config)
     train = train_texts(lm.config)
@@ -32,7 +30,9 @@ def report(workdir, prompts=PROMPTS, *, seed: int = 0, mesh: dict | None = None)
               f"order-{NGRAM_ORDER} n-gram": baselines.NGram(train, NGRAM_ORDER).bits_per_byte(texts)}
     plot = workdir / "loss.png"
     try:
-        metrics.plot(workdir / "metrics.jsonl", plot, metric="bits_per_byte", baselines=others, title=str(workdir))
+        with storage.local(workdir, "metrics.jsonl") as files:
+            metrics.plot(files.path / "metrics.jsonl", files.path / plot.name, metric="bits_per_byte",
+                         baselines=others, title=str(workdir))
     except OSError as error:
         raise UserError(f"cannot write {plot}: {error.strerror}") from error
     ours = evaluate(workdir, ["perplexity"], lm=lm)["perplexity"]["bits_per_byte"]

@@ -10,7 +10,6 @@ find each other. Layer 5; `train` is also a function.
 import contextlib
 import json
 import os
-from pathlib import Path
 import signal
 import time
 
@@ -38,11 +37,10 @@ def train(config, workdir, *, profile_steps: int = 0, peers: distributed.Peers |
     """
     import jax
 
-    from fm_jax import checkpoint, metrics, objectives, sharding, tree
+    from fm_jax import checkpoint, metrics, objectives, sharding, storage, tree
     from fm_jax.data import batches
     from fm_jax.step import Program
 
-    workdir = Path(workdir)
     config = config_lib.resolve(config, examples_per_epoch=batches.examples_per_epoch(config))
     layout = sharding.Layout(sharding.make_mesh(config.mesh))
     tokenizer = batches.load_tokenizer(config)
@@ -66,6 +64,10 @@ def train(config, workdir, *, profile_steps: int = 0, peers: distributed.Peers |
     due = lambda every, step: every and (step % every == 0 or step == config.steps)
     tasks_every = config.eval.tasks_every if tasks else 0
 
+    def save(state, step, values=None):
+        files.push()   # first: what is written of the steps until then is there wherever the checkpoint is
+        checkpoints.save(step, state, values)
+
     def validate(state, step):
         """Returns the held-out means, written and shown; {} where the run is told to stop: that does not wait."""
         sums = metrics.Sums()
@@ -78,6 +80,7 @@ def train(config, workdir, *, profile_steps: int = 0, peers: distributed.Peers |
         text = ", ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in values.items())
         progress.note(f"step {step}: validation {text}")
         writer.write(step, values)
+        files.push()
         return values
 
     def evaluate(state, step):
@@ -111,17 +114,19 @@ def train(config, workdir, *, profile_steps: int = 0, peers: distributed.Peers |
 
     with contextlib.ExitStack() as held:
         held.enter_context(checkpoint.lock(workdir))
-        distributed.log_to(workdir)
+        # Of a run in a bucket, a copy of what grows: that is put there whole.
+        files = held.enter_context(storage.local(workdir, "metrics.jsonl", f"logs/process_{jax.process_index()}.log"))
+        distributed.log_to(files.path)
         # Whatever refuses the start does so before anything in the folder changes.
         state, start, origin = checkpoint.start(workdir, config, program.abstract, program.init, axes=program.axes,
                                                 **described)
-        writer = metrics.Writer(workdir, start, tensorboard=config.log.tensorboard)
+        writer = metrics.Writer(files.path, start, tensorboard=config.log.tensorboard)
         checkpoint.describe_run(workdir, config, start, **described)
         held.enter_context(writer)
         checkpoints = held.enter_context(checkpoint.Checkpoints(workdir, config.checkpoint))
         stop = held.enter_context(stop_signals())
         traced_from = max(start, min(start + 10, config.steps - profile_steps))
-        traced = held.enter_context(metrics.profile(workdir / "profile", traced_from, profile_steps))
+        traced = held.enter_context(metrics.profile(files.path / "profile", traced_from, profile_steps))
         watchdog = held.enter_context(distributed.Watchdog(config.health.hang_timeout_s, peers))
 
         progress.note(f"{config.name or config.objective}: {tree.count(program.abstract.params):,} parameters on "
@@ -146,7 +151,7 @@ def train(config, workdir, *, profile_steps: int = 0, peers: distributed.Peers |
                 batch = next(batch_at)
             except UserError:   # its data is gone. Others of several processes are in the step by now, and cannot save
                 if jax.process_count() == 1 and not log(late.flush()):
-                    checkpoints.save(step, state, here)
+                    save(state, step, here)
                 raise
             state, values = program.train_step(state, program.place(batch), step)
             if step == start:
@@ -164,15 +169,15 @@ def train(config, workdir, *, profile_steps: int = 0, peers: distributed.Peers |
                         evaluate(state, step)
                     if due(config.checkpoint.every, step) and not bad:
                         watchdog.beat(f"the save of step {step}, or the one before")
-                        checkpoints.save(step, state, here)
+                        save(state, step, here)
         bad = bad or log(late.flush())
         watchdog.beat(f"the last save, of step {step}")
         if bad:
-            checkpoints.save(bad[0], state)
+            save(state, bad[0])
             checkpoints.wait()
-            raise UserError(_report_bad_step(workdir, *bad, step - 1, data))
+            raise UserError(_report_bad_step(files.path, storage.place(workdir), *bad, step - 1, data))
         if stop.by:
-            checkpoints.save(step, state, here)
+            save(state, step, here)
         progress.close()
     if stop.by:
         progress.note(f"stopped by {stop.by} after step {step}, which is saved; the same command continues from there")
@@ -236,15 +241,15 @@ def _check_best(config, program):
     choose(config.checkpoint.best_metric, sums.take("validation/"), "config.checkpoint.best_metric")
 
 
-def _report_bad_step(workdir, bad, values, seen, data):
+def _report_bad_step(here, workdir, bad, values, seen, data):
     """Returns the message about the step `bad` with its metrics `values`, having written its batch to `workdir`.
 
-    `seen`: the last step that was started.
+    `here`: the folder that stands for `workdir` on this machine. `seen`: the last step that was started.
     """
     import jax
     import numpy as np
 
-    folder = workdir / f"not_finite_{bad}"
+    folder, name_there = here / f"not_finite_{bad}", workdir / f"not_finite_{bad}"
     ids = data.ids(bad)   # of several processes, each has its own
     name = "batch.npz" if jax.process_count() == 1 else f"batch_of_process_{jax.process_index()}.npz"
     numbers = {name: [str(x) for x in np.ravel(value)] for name, value in values.items()}
@@ -253,7 +258,7 @@ def _report_bad_step(workdir, bad, values, seen, data):
         folder.mkdir(exist_ok=True)
         np.savez(folder / name, **data.batch(bad))
         (folder / name.replace("batch", "report").replace("npz", "json")).write_text(json.dumps(report, indent=1))
-        where = f"the batch in {folder}"
+        where = f"the batch in {name_there}"
     except OSError as e:
         where = f"the batch not, as {folder} cannot be written ({e.strerror})"
     return (f"loss or gradient not finite in step {bad} (steps {bad} to {seen} were not applied): batch {bad}, "

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "fm_jax"
 # A module imports modules of layers below its own, and of its own layer only as SAME_LAYER says. "data" stands for
 # data/ and all in it. A new module takes its place here.
 LAYERS = (
-    ("errors", "architecture", "config", "distributed", "tree", "sharding", "hlo"),
+    ("errors", "architecture", "config", "distributed", "tree", "sharding", "hlo", "storage"),
     ("chip_kernels", "kernels", "ring", "pipeline", "model", "frontends", "tokenizer", "xla_flags"),
     ("objectives", "data", "optim", "checkpoint", "metrics", "gguf"),
     ("decode", "hf", "scoring", "compiled_step", "step", "topology"),
@@ -26,8 +26,9 @@ LAYERS = (
      "forecast"),
 )
 SAME_LAYER = {
-    ("architecture", "errors"), ("config", "errors"), ("config", "architecture"), ("distributed", "errors"),
-    ("tree", "errors"), ("sharding", "errors"), ("sharding", "tree"), ("kernels", "chip_kernels"), ("ring", "kernels"),
+    ("architecture", "errors"), ("config", "errors"), ("config", "architecture"), ("config", "storage"),
+    ("distributed", "errors"), ("storage", "errors"), ("tree", "errors"), ("sharding", "errors"), ("sharding", "tree"),
+    ("kernels", "chip_kernels"), ("ring", "kernels"),
     ("model", "kernels"),
     ("model", "ring"), ("model", "pipeline"), ("frontends", "kernels"),
     ("frontends", "model"),

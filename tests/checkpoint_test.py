@@ -148,8 +148,8 @@ def test_missing_steps_and_folders_are_named(tmp_path):
         checkpoint.restore_params(tmp_path / "nowhere")
     with pytest.raises(UserError, match="elsewhere.*no such folder"):
         checkpoint.start(tmp_path / "new", config_with(continue_from=str(tmp_path / "elsewhere")), None, None)
-    with pytest.raises(UserError, match="gs:// is not supported; a run lives in a folder of a mounted file system"):
-        checkpoint.steps("gs://bucket/run")
+    with pytest.raises(UserError, match="ftp:// is not supported; name a folder, or one of a bucket"):
+        checkpoint.steps("ftp://host/run")
 
 
 # --- Damage

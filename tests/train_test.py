@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from fm_jax import checkpoint, config as config_lib, distributed, evaluate as evaluate_lib, metrics, objectives, sharding
-from fm_jax import train as train_lib, tree
+from fm_jax import storage, train as train_lib, tree
 from fm_jax.data import batches, documents, prepared
 from fm_jax.errors import UserError
 from fm_jax.step import Program
@@ -641,15 +642,23 @@ def test_a_folder_removed_while_running_is_one_line_and_no_step_is_lost(removed,
     assert state_of(run, 12) == state_of(tiny_run[0], 12)
 
 
-def test_a_bucket_is_refused_before_anything_is_compiled(inline, tiny_flags, tmp_path, monkeypatch):
+def test_a_bucket_out_of_reach_is_said_before_anything_is_compiled(inline, tiny_flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for flags in (["--workdir=gs://bucket/run"], ["--workdir=s3://bucket/run"],
-                  ["--workdir=run", "--config.checkpoint.continue_from=gs://bucket/run"]):
-        code, _, err = inline("train", *tiny_flags, *flags)
-        assert code == 2 and "://" in err and "is not supported; a run lives in a folder of a mounted" in err, err
-        assert err.count("\n") == 1 and not [p for p in tmp_path.rglob("*") if p.name not in ("run", "lock")]
-    code, _, err = inline("generate", "--workdir=gs://bucket/run", "--prompt=a")
-    assert code == 2 and err.count("\n") == 1, err
+    monkeypatch.setattr(storage, "FIRST_RETRIES", {"max_retries": 1, "initial_delay": "10ms", "max_delay": "10ms"})
+    monkeypatch.setattr(Program, "init", lambda self: pytest.fail("too late"))
+    with socket.socket() as taken:   # and not listened at
+        taken.bind(("127.0.0.1", 0))
+        for name in ("AWS_ENDPOINT_URL", "TENSORSTORE_GCS_HTTP_URL"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{taken.getsockname()[1]}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "GOOGLE_AUTH_TOKEN_FOR_TESTING"):
+            monkeypatch.setenv(name, "x")
+        for flags in (["--workdir=gs://bucket/run"], ["--workdir=s3://bucket/run"],
+                      ["--workdir=run", "--config.checkpoint.continue_from=gs://bucket/run"]):
+            code, _, err = inline("train", *tiny_flags, *flags)
+            assert code == 2 and "bucket/run: the store did not do what was asked" in err and "be reached" in err, err
+            assert err.count("\n") == 1 and not [p for p in tmp_path.rglob("*") if p.name not in ("run", "lock")]
+        code, _, err = inline("generate", "--workdir=gs://bucket/run", "--prompt=a")
+        assert code == 2 and err.count("\n") == 1, err
 
 
 def test_a_folder_that_cannot_rename_is_refused_at_the_start(inline, tiny_flags, tmp_path, monkeypatch):

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 import json
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from fm_jax import storage
 from fm_jax.errors import UserError
 from fm_jax.evals import metrics
 
@@ -22,7 +22,7 @@ def read(path) -> dict:
       UserError: no such file, or no such contents.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(storage.place(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the results {path}: {error}") from error
     if not isinstance(found, dict) or not {"metrics", "samples"} <= set(found):
@@ -183,7 +183,7 @@ def compare_folders(folder_a, folder_b) -> tuple[dict[str, dict[str, Difference]
 
 def _files(folder):
     """Returns {name: path} of the result files of a folder, or of the newest step of a run."""
-    folder = Path(folder)
+    folder = storage.place(folder)
     steps = [d for d in (folder / "eval").glob("*") if d.name.isdecimal() and any(d.glob("*.json"))]
     within = folder / "eval" if (folder / "eval").is_dir() else folder
     within = max(steps, key=lambda d: int(d.name), default=within)
