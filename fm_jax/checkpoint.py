@@ -590,7 +590,7 @@ class Checkpoints:
           UserError: this save, or the one before, did not fit on the disk, or the store did not take it. Earlier
             checkpoints are intact. Or the folder was removed: it is made again, and has this step.
         """
-        gone = _any(_identity(self._folder) != self._identity)
+        gone, cut = _any(_identity(self._folder) != self._identity), self._saving
         try:
             self.wait()
         except Exception:
@@ -602,6 +602,8 @@ class Checkpoints:
         if gone:
             with _writable(self._folder):
                 self._folder.mkdir(parents=True, exist_ok=True)
+                if cut is not None and jax.process_index() == 0 and (half := self._folder / str(cut)).is_dir():
+                    half.rename(half.with_name(f"{cut}.corrupt"))   # written partly before and partly after
             _sync("checkpoint folder made again")
             self._identity = _identity(self._folder)
         if self._in_bucket:
