@@ -1,7 +1,6 @@
 """What every test needs before jax starts: the CPU, eight devices of it, and a compilation cache; and a small run."""
 
 import importlib
-import importlib.metadata
 import json
 import lzma
 import os
@@ -22,9 +21,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 # programs before is all there. JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test: as users compile.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.pop("XLA_FLAGS", None)   # its own device count would contradict the one above
-if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and importlib.metadata.version("jaxlib").startswith("0.10."):
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
     # XLA:CPU's older emitter of loops compiles a train step in half of the time (2.7 and 1.45 s of CPU, EPYC, 2026-11).
-    # On jax 0.11 it does too, but its compiler crashes in some program.
     os.environ["XLA_FLAGS"] = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
