@@ -24,16 +24,18 @@ MOST_QUERY_CHUNKS = 16  # the chunk loop is unrolled: longer sequences take long
 
 # --- linear maps ------------------------------------------------------------------------------------------------
 
-def linear(x, w, inputs: int = 1, *, matmul_dtype: str = ""):
+def linear(x, w, inputs: int = 1, *, matmul_dtype: str = "", as_rows: bool = True):
     """Returns x [..., *ins] times w [*ins, *outs], contracting the `inputs` axes `ins`: [..., *outs].
 
-    Both operands are made 2-D first: XLA:CPU gives the weight gradient of a matrix product its fast
-    form, and that of the same product over [B, T, D] a slow one (1.15x of a whole train step).
     matmul_dtype: "int8" or "fp8", see `scaled_matmul`; "": that of x.
+    as_rows: x is made 2-D first: XLA:CPU gives the weight gradient of a matrix product its fast form, and that of the
+      same product over [B, T, D] a slow one (1.15x of a whole train step). Not where a mesh cuts batch and sequence:
+      what a device has of them is no block of rows, and XLA would gather whole sequences to make one.
     """
     ins, outs = w.shape[:inputs], w.shape[inputs:]
     lead = x.shape[: x.ndim - inputs]
-    x, w = x.reshape(-1, int(np.prod(ins))), w.astype(x.dtype).reshape(int(np.prod(ins)), int(np.prod(outs)))
+    x = x.reshape(*((-1,) if as_rows else lead), int(np.prod(ins)))
+    w = w.astype(x.dtype).reshape(int(np.prod(ins)), int(np.prod(outs)))
     y = scaled_matmul(x, w, matmul_dtype) if matmul_dtype else x @ w
     return y.reshape(*lead, *outs)
 
@@ -49,35 +51,38 @@ MATMUL_DTYPES = {
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def scaled_matmul(x, w, matmul_dtype: str):
-    """Returns x [n, i] @ w [i, o] in x's dtype, from 8-bit copies of both; sums in int32 or float32.
+    """Returns x [..., i] @ w [i, o] in x's dtype, from 8-bit copies of both; sums in int32 or float32.
 
     Each row of x and each column of w has a scale of its own, such that its largest element becomes the type's largest.
     The backward pass does the same with the gradient. Not Qwix: what of it can be differentiated rewrites the
     operations of a whole Flax module, or is private.
     """
     factor, _, _ = MATMUL_DTYPES[matmul_dtype]
-    return _scaled_product(x, w, factor, factor)
+    return _scaled_product(x, w, (-1,), (0,), factor, factor)
 
 
-def _scaled_product(a, b, a_dtype, b_dtype):
-    """Returns a [n, c] @ b [c, m] in a's dtype, from copies in these dtypes."""
-    def scaled(x, dtype, axis):
+def _scaled_product(a, b, a_axes, b_axes, a_dtype, b_dtype):
+    """Returns a times b, contracted over these axes, in a's dtype, from copies in these dtypes."""
+    def scaled(x, dtype, axes):
         top = float(jnp.iinfo(dtype).max if dtype == jnp.int8 else jnp.finfo(dtype).max)
         x32 = x.astype(jnp.float32)
-        scale = jnp.maximum(jnp.abs(x32).max(axis, keepdims=True), 1e-30) / top
+        scale = jnp.maximum(jnp.abs(x32).max(axes, keepdims=True), 1e-30) / top
         x32 = x32 / scale
-        return (jnp.round(x32) if dtype == jnp.int8 else x32).astype(dtype), scale
+        return (jnp.round(x32) if dtype == jnp.int8 else x32).astype(dtype), scale.squeeze(axes)
 
-    (small_a, a_scale), (small_b, b_scale) = scaled(a, a_dtype, 1), scaled(b, b_dtype, 0)
-    sums = jax.lax.dot(small_a, small_b, preferred_element_type=jnp.int32 if a_dtype == jnp.int8 else jnp.float32)
-    return (sums.astype(jnp.float32) * a_scale * b_scale).astype(a.dtype)
+    (small_a, a_scale), (small_b, b_scale) = scaled(a, a_dtype, a_axes), scaled(b, b_dtype, b_axes)
+    sums = jnp.tensordot(small_a, small_b, (a_axes, b_axes),
+                         preferred_element_type=jnp.int32 if a_dtype == jnp.int8 else jnp.float32)
+    return (sums.astype(jnp.float32) * jnp.multiply.outer(a_scale, b_scale)).astype(a.dtype)
 
 
 def _scaled_matmul_backward(matmul_dtype, saved, dy):
     x, w = saved
     factor, gradient, weight_gradient = MATMUL_DTYPES[matmul_dtype]
-    dx = _scaled_product(dy, w.T, gradient, factor)
-    dw = x.T @ dy if weight_gradient is None else _scaled_product(x.T, dy, factor, weight_gradient)
+    dx = _scaled_product(dy, w, (-1,), (1,), gradient, factor)
+    tokens = tuple(range(x.ndim - 1))
+    dw = (jnp.tensordot(x, dy, (tokens, tokens)) if weight_gradient is None else
+          _scaled_product(x, dy, tokens, tokens, factor, weight_gradient))
     return dx, dw
 
 

@@ -25,9 +25,9 @@ from fm_jax.sharding import Boxed, Layout, is_boxed
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,                      # keeps the input of each block
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,      # and the outputs of its projections
-    "offload_full": pipeline.OFFLOAD_BLOCK_INPUTS,                         # the former, on the host
-    "offload_dots": pipeline.OFFLOAD_DOTS,                                 # the latter, on the host
+    "dots": pipeline.named([pipeline.PROJECTION]),                         # and the outputs of its projections
+    "offload_full": pipeline.named([], [pipeline.BLOCK_INPUT]),            # the former, on the host
+    "offload_dots": pipeline.named([], [pipeline.PROJECTION]),             # the latter, on the host
 }
 # What `capture` can name: block output, what each sublayer adds, the keys and values that attention makes, and the
 # Routing of a mixture of experts (None without).
@@ -81,6 +81,73 @@ def dropout(x, rate: float, key, dealt=lambda keep: keep):
     draw = lambda key, x: jax.random.bernoulli(key, 1 - rate, x.shape)
     keep = dealt(jax.vmap(draw)(key, x) if key.ndim else draw(key, x))
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def _placed(x, layout, *axes):
+    """Returns the activation x where its logical axes say, on a mesh."""
+    return layout.constrain(x, *axes) if layout else x
+
+
+def _kept(x, layout, *axes):
+    """Returns what a projection gives, placed, by the name under which the remat policy "dots" keeps it."""
+    return checkpoint_name(_placed(x, layout, *axes), pipeline.PROJECTION)
+
+
+def projection(module: nn.Module, length: int, name: str, init, **axes: int):
+    """Returns f(x) = x times the parameter `name`, with which a sublayer begins or ends on sequences of `length` tokens.
+
+    It begins with x [B, T, embed] where "embed" is the parameter's first axis, and ends with [B, T, embed] where it is
+    the last. A mesh may cut tokens over `context`, and outside of sublayers over `tensor` too, which cuts channels
+    inside. There, what is gathered, summed and cut is said, forward and backward: left to find it, XLA gathers whole
+    sequences (2026-11, eight CPU devices). What is kept for the backward pass is cut, and gathered again.
+    """
+    a, layout, names = module.arch, module.layout, tuple(axes)
+    w = param(module, name, init, a.param_dtype, **axes)
+    begins = names[0] == "embed"
+    cut = layout is not None and layout.parts("between") > 1
+    over_tensor = cut and layout.parts("between") > layout.parts("length") and length % layout.parts("between") == 0
+    linear = functools.partial(kernels.linear, inputs=1 if begins else len(names) - 1, matmul_dtype=a.matmul_dtype,
+                               as_rows=not cut)
+
+    def on_parts(x, w):
+        y = linear(_gathered(x, layout) if begins and over_tensor else x, _whole(w, layout, names))
+        return _scattered(y, layout) if over_tensor and not begins else y
+
+    def apply(x):
+        if not cut:
+            y = linear(x, w)
+        else:
+            part = jax.lax.with_sharding_constraint(w.astype(x.dtype), layout.sharding(names, w.shape))
+            y = jax.checkpoint(on_parts, prevent_cse=not a.scan_layers)(x, part)
+        return _kept(y, layout, "batch", "length", *names[1:]) if begins else y
+
+    return apply
+
+
+# A constraint's own transpose is itself: of a gradient, the sum would be made whole before it is cut.
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(x_BTD, layout):
+    """Returns x with the tokens that are cut over `tensor` brought together; its gradient is summed and cut."""
+    return layout.constrain(x_BTD, "batch", "length", "embed")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _scattered(y_BTD, layout):
+    """Returns y summed and with its tokens cut over `tensor`; its gradient is brought together."""
+    return layout.constrain(y_BTD, "batch", "between", "embed")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _whole(w, layout, axes):
+    """Returns the parameter w with its width brought together; its gradient is summed and cut as w is stored."""
+    return layout.constrain(w, *axes)
+
+
+_gathered.defvjp(lambda x, layout: (_gathered(x, layout), None), lambda layout, _, g: (_scattered(g, layout),))
+_scattered.defvjp(lambda y, layout: (_scattered(y, layout), None), lambda layout, _, g: (_gathered(g, layout),))
+_whole.defvjp(lambda w, layout, axes: (_whole(w, layout, axes), None), lambda layout, axes, _, g: (
+    jax.lax.with_sharding_constraint(g, layout.sharding(axes, g.shape)),))
 
 
 # --- positions -------------------------------------------------------------------------------------------------------
@@ -207,13 +274,12 @@ class Attention(nn.Module):
         a = self.arch
         D, K, G, H = a.embed_dim, a.num_kv_heads, a.groups, a.head_dim
         source = context_BSD if self.cross else x_BTD
-        wq = param(self, "wq", fan_in(D), a.param_dtype, embed=D, kv_heads=K, groups=G, head=H)
-        wk = param(self, "wk", fan_in(D), a.param_dtype, embed=D, kv_heads=K, head=H)
-        wv = param(self, "wv", fan_in(D), a.param_dtype, embed=D, kv_heads=K, head=H)
-        wo = param(self, "wo", fan_in(K * G * H, (2 * a.num_layers) ** -0.5), a.param_dtype,
-                   kv_heads=K, groups=G, head=H, embed=D)
-        linear = functools.partial(kernels.linear, matmul_dtype=a.matmul_dtype)
-        q, k, v = linear(x_BTD, wq), linear(source, wk), linear(source, wv)
+        project = functools.partial(projection, self, x_BTD.shape[1])
+        wq = project("wq", fan_in(D), embed=D, kv_heads=K, groups=G, head=H)
+        wk = project("wk", fan_in(D), embed=D, kv_heads=K, head=H)
+        wv = project("wv", fan_in(D), embed=D, kv_heads=K, head=H)
+        wo = project("wo", fan_in(K * G * H, (2 * a.num_layers) ** -0.5), kv_heads=K, groups=G, head=H, embed=D)
+        q, k, v = wq(x_BTD), wk(source), wv(source)
         if a.qkv_bias:
             q += param(self, "q_bias", zeros, a.param_dtype, kv_heads=K, groups=G, head=H).astype(q.dtype)
             k += param(self, "k_bias", zeros, a.param_dtype, kv_heads=K, head=H).astype(k.dtype)
@@ -225,10 +291,8 @@ class Attention(nn.Module):
             k = Norm(a, name="k_norm")(k.reshape(*k.shape[:2], -1)).reshape(k.shape)
         if rope is not None and not self.cross:
             q, k = rotate(q, rope), rotate(k, rope)
-        if self.layout:
-            q = self.layout.constrain(q, "batch", "length", "kv_heads", "groups", "head")
-            k = self.layout.constrain(k, "batch", "length", "kv_heads", "head")
-            v = self.layout.constrain(v, "batch", "length", "kv_heads", "head")
+        q = _placed(q, self.layout, "batch", "length", "kv_heads", "groups", "head")
+        k = _placed(k, self.layout, "batch", "length", "kv_heads", "head")
         own = k, v
         if cache is not None and not self.cross:
             *held, places = cache
@@ -246,7 +310,7 @@ class Attention(nn.Module):
         elif _cut(self.layout):
             attend = functools.partial(ring.attention, layout=self.layout)
         out = attend(q, k, v, mask, scale=a.attention_scale or H ** -0.5, softcap=a.attention_softcap)
-        y = linear(out, wo, inputs=3)
+        y = wo(_placed(out, self.layout, "batch", "length", "kv_heads", "groups", "head"))
         if a.attention_out_bias:
             y += param(self, "o_bias", zeros, a.param_dtype, norm=D).astype(y.dtype)
         return y, cache, own
@@ -274,25 +338,19 @@ class Mlp(nn.Module):
         a = self.arch
         D, F, act = a.embed_dim, self.hidden or a.mlp_dim, ACTIVATIONS[a.activation]
         bias = lambda name, **axes: param(self, name, zeros, a.param_dtype, **axes).astype(x_BTD.dtype)
-        linear = functools.partial(kernels.linear, matmul_dtype=a.matmul_dtype)
-        h = linear(x_BTD, param(self, "w_up", fan_in(D), a.param_dtype, embed=D, mlp=F))
+        project = functools.partial(projection, self, x_BTD.shape[1])
+        h = project("w_up", fan_in(D), embed=D, mlp=F)(x_BTD)
         if a.mlp_bias:
             h += bias("up_bias", mlp=F)
         gate = None
         if a.gated_mlp:
-            gate = linear(x_BTD, param(self, "w_gate", fan_in(D), a.param_dtype, embed=D, mlp=F))
+            gate = project("w_gate", fan_in(D), embed=D, mlp=F)(x_BTD)
             if a.mlp_bias:
                 gate += bias("gate_bias", mlp=F)
 
-        def down(h, gate, w_down):
-            h = act(h) if gate is None else act(gate) * h
-            if self.layout:
-                h = self.layout.constrain(h, "batch", "length", "mlp")
-            return linear(h, w_down)
-
+        w_down = project("w_down", fan_in(F, (2 * a.num_layers) ** -0.5), mlp=F, embed=D)
         # Only the activation is computed again in the backward pass: less memory for elementwise work.
-        y = jax.checkpoint(down)(h, gate, param(self, "w_down", fan_in(F, (2 * a.num_layers) ** -0.5), a.param_dtype,
-                                                mlp=F, embed=D))
+        y = jax.checkpoint(lambda h, gate: w_down(act(h) if gate is None else act(gate) * h))(h, gate)
         return y + bias("down_bias", norm=D) if a.mlp_bias else y
 
 
@@ -528,14 +586,16 @@ class Block(nn.Module):
 
         def sublayer(x, name, f, key):
             before = a.norm_position in ("pre", "sandwich")
-            y = f(Norm(a, name=f"{name}_norm")(x) if before else x)
+            # Placed at once, or what is kept of them for the backward pass is whole on each device of `tensor`.
+            entering = _placed(Norm(a, name=f"{name}_norm")(x), self.layout, "batch", length, "embed") if before else x
+            y = _kept(f(entering), self.layout, "batch", length, "embed")
             if a.norm_position in ("sandwich", "output"):
                 y = Norm(a, name=f"{name}_out_norm")(y)
             y = dropout(y, a.dropout, key, dealt)
             x = x + y
             if a.norm_position == "post":
                 x = Norm(a, name=f"{name}_norm")(x)
-            return self.layout.constrain(x, "batch", length, "embed") if self.layout else x, y
+            return _placed(x, self.layout, "batch", length, "embed"), y
 
         def attend(x):
             nonlocal cache, made

@@ -31,10 +31,8 @@ from fm_jax.errors import UserError
 from fm_jax.sharding import DEVICE, HOST, Layout
 
 AXIS = "stage"
-BLOCK_INPUT = "block_input"   # the name that `model` gives to what enters a block: remat policies keep it
-OFFLOAD_BLOCK_INPUTS = jax.checkpoint_policies.save_and_offload_only_these_names(
-    names_which_can_be_saved=[], names_which_can_be_offloaded=[BLOCK_INPUT], offload_src=DEVICE, offload_dst=HOST)
-OFFLOAD_DOTS = jax.checkpoint_policies.offload_dot_with_no_batch_dims(DEVICE, HOST)
+# The names that `model` gives to what enters a block, and to what its projections give: remat policies keep them.
+BLOCK_INPUT, PROJECTION = "block_input", "projection"
 # Views, casts and what XLA fuses into its consumer.
 CHEAP = {"dynamic_slice", "slice", "squeeze", "reshape", "transpose", "broadcast_in_dim", "convert_element_type", "add",
          "sub", "mul", "div", "neg", "exp", "logistic", "tanh", "erf", "max", "select_n", "square", "integer_pow"}
@@ -168,13 +166,18 @@ def keeping(remat: str):
     """
     if remat == "none":
         return lambda primitive, *_, **__: primitive.name not in CHEAP
-    if remat == "offload_full":
-        return OFFLOAD_BLOCK_INPUTS
-    inputs = jax.checkpoint_policies.save_only_these_names(BLOCK_INPUT)
-    if remat == "full":
-        return inputs
-    dots = OFFLOAD_DOTS if remat == "offload_dots" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return lambda *args, **params: inputs(*args, **params) or dots(*args, **params)
+    names = {"full": [BLOCK_INPUT], "dots": [BLOCK_INPUT, PROJECTION], "offload_full": [],
+             "offload_dots": [BLOCK_INPUT]}[remat]
+    offloaded = {"offload_full": [BLOCK_INPUT], "offload_dots": [PROJECTION]}.get(remat, [])
+    return named(names, offloaded)
+
+
+def named(kept, offloaded=()):
+    """Returns the remat policy that keeps the arrays of these names, and of those `offloaded` a copy on the host."""
+    if not offloaded:
+        return jax.checkpoint_policies.save_only_these_names(*kept)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=kept, names_which_can_be_offloaded=offloaded, offload_src=DEVICE, offload_dst=HOST)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ def _collectives(a, n, policy, tokens, layers, gathered, held, of_layers, acc, w
     """
     cut = tuple(axis for axis in ("fsdp", "expert", "context") if n[axis] > 1)
     copies = tuple(axis for axis in ("slice", "data") if n[axis] > 1)
-    again = 1 if policy == "full" else 0
+    again = 1 if policy.endswith("full") else 0
     moved = []
     add = lambda kind, axes, nbytes, times, overlapped: moved.append(hlo.Collective(
         kind, axes, nbytes, int(times), overlapped)) if axes and nbytes else None
@@ -152,8 +152,10 @@ def _collectives(a, n, policy, tokens, layers, gathered, held, of_layers, acc, w
     add("all-reduce", copies, held, acc, True)
     x = tokens * a.embed_dim * width
     tensor = ("tensor",) if n["tensor"] > 1 else ()
-    add("all-gather", tensor, x, 2 * layers * (2 + again) * acc, False)
-    add("reduce-scatter", tensor, x, 2 * layers * (2 + again) * acc, False)
+    # Around a sublayer, its input, the same again for the backward pass, and its gradient; its output, and the input's
+    # gradient. Made again, a layer needs what its attention gives, and not what it gives itself.
+    add("all-gather", tensor, x, 2 * layers * 3 * acc, False)
+    add("reduce-scatter", tensor, x, layers * (4 + again) * acc, False)
     kv = 2 * tokens * n["context"] * a.num_kv_heads * a.head_dim * width / n["tensor"]
     context = ("context",) if n["context"] > 1 else ()
     add("all-gather", context, kv, layers * (2 + again) * acc, False)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fm_jax import config as config_lib
-from fm_jax import objectives, sharding, tree
+from fm_jax import hlo, objectives, sharding, tree
 from fm_jax.errors import UserError
 from fm_jax.step import Program
 
@@ -123,6 +123,28 @@ def test_every_mesh_of_eight_devices_trains_the_same(axes):
     """All 84 ways to give three factors of 2 to the axes of the mesh, of a model with experts."""
     program = make({axis: 2 ** axes.count(axis) for axis in axes}, **ANY_MESH)
     assert_same_run(run(program, batches(program, 1)), one_device_of_experts())
+
+
+@pytest.mark.parametrize("mesh", [dict(fsdp=4, tensor=2), dict(context=4, tensor=2), dict(fsdp=2, context=2, tensor=2),
+                                  dict(data=2, fsdp=2, context=2)])
+def test_what_is_gathered_on_a_mesh(mesh):
+    """Over all axes but `tensor` the weights, once in each pass, and no activations; over `tensor` a sublayer's input,
+    once in each pass, and its output's gradient. Two rows and more on a device: no axis of the batch has but one."""
+    c = config_lib.defaults()
+    c.model.update(vocab_size=64, num_layers=2, embed_dim=64, num_heads=8, mlp_dim=128, max_seq_len=128,
+                   loss_chunk_tokens=2048, scan_layers=True)
+    c.batch_size, c.seq_len, c.steps = 16, 128, 10
+    layout = sharding.Layout(sharding.make_mesh(mesh))
+    program = Program(config_lib.resolve(c), objectives.load(c, None, layout), layout)
+    gathered = {"tensor": 0, "others": 0}
+    for moved in hlo.collectives(program.traced().lower().compile().as_text(), layout.mesh.shape):
+        if moved.kind == "all-gather":
+            gathered["tensor" if moved.axes == ("tensor",) else "others"] += moved.nbytes * moved.times
+    weights = tree.nbytes(program.abstract.params) / layout.mesh.shape["tensor"]
+    x = 16 * 128 * 64 * 4 / layout.batch_parts / layout.mesh.shape["context"]
+    assert weights < gathered["others"] < 2.1 * weights   # with the table, which is gathered for embedding and logits
+    assert gathered["tensor"] <= (2 * 2 * 3 + 2) * x      # and for the logits
+    assert (gathered["tensor"] > 0) == ("tensor" in mesh)
 
 
 def test_the_models_use_every_rule():
