@@ -21,16 +21,16 @@ SHAPES = {
     "qwen3-30b-a3b": dict(_LARGE, vocab_size=151936, num_layers=48, embed_dim=2048, num_heads=32, num_kv_heads=4,
                           head_dim=128, qk_norm="head", max_seq_len=40960, rope_theta=1e6, norm_eps=1e-6,
                           num_experts=128, experts_per_token=8, expert_dim=768),
-    # arXiv:2401.06066 and the config.json of deepseek-moe-16b-base, whose first layer is dense: here all have experts.
-    "deepseek-moe-16b-like": dict(_LARGE, vocab_size=102400, num_layers=28, embed_dim=2048, num_heads=16,
-                                  max_seq_len=4096, norm_eps=1e-6, num_experts=64, experts_per_token=6, expert_dim=1408,
-                                  num_shared_experts=2, router_renormalize=False),
+    # arXiv:2401.06066 and the config.json of deepseek-moe-16b-base.
+    "deepseek-moe-16b": dict(_LARGE, vocab_size=102400, num_layers=28, embed_dim=2048, num_heads=16, mlp_dim=10944,
+                             max_seq_len=4096, norm_eps=1e-6, num_experts=64, num_dense_layers=1, experts_per_token=6,
+                             expert_dim=1408, num_shared_experts=2, router_renormalize=False),
     # Router and experts of arXiv:2412.19437. Of its own there: latent attention, for which this has grouped queries,
-    # three dense layers at first, and a choice of experts within 4 of 8 groups of devices.
+    # and a choice of experts within 4 of 8 groups of devices.
     "deepseek-v3-like": dict(_LARGE, vocab_size=129280, num_layers=61, embed_dim=7168, num_heads=128, num_kv_heads=16,
-                             head_dim=128, max_seq_len=4096, norm_eps=1e-6, num_experts=256, experts_per_token=8,
-                             expert_dim=2048, num_shared_experts=1, router_score="sigmoid", router_bias=True,
-                             router_scale=2.5),
+                             head_dim=128, mlp_dim=18432, max_seq_len=4096, norm_eps=1e-6, num_experts=256,
+                             num_dense_layers=3, experts_per_token=8, expert_dim=2048, num_shared_experts=1,
+                             router_score="sigmoid", router_bias=True, router_scale=2.5),
 }
 
 

@@ -66,6 +66,7 @@ class Architecture:
     mlp_bias: bool = False
 
     num_experts: int = 0                # 0: one mlp for all tokens; else so many in each block, of which a router picks
+    num_dense_layers: int = 0           # so many first blocks have an mlp of mlp_dim all the same (DeepSeek)
     experts_per_token: int = 2          # those of the highest scores
     expert_dim: int = 0                 # mlp hidden of one expert; 0: mlp_dim
     num_shared_experts: int = 0         # beside them, all tokens go through an mlp of so many times expert_dim
@@ -111,7 +112,7 @@ class Architecture:
             _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         for name in ("num_kv_heads", "head_dim", "mlp_dim", "window", "rope_local_theta", "attention_scale",
                      "attention_softcap", "logit_softcap", "pipeline_microbatches", "num_experts", "expert_dim",
-                     "num_shared_experts", "capacity_factor"):
+                     "num_shared_experts", "capacity_factor", "num_dense_layers"):
             _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "must be 0 or more")
         if not self.num_kv_heads:
             set_("num_kv_heads", self.num_heads)
@@ -147,8 +148,11 @@ class Architecture:
                      f"must be from 1 to num_experts={self.num_experts}")
             _require(0 < self.router_scale < float("inf"), "router_scale", self.router_scale, "must be positive")
             _require(not self.mlp_bias, "mlp_bias", self.mlp_bias, "must be False: experts have no biases")
+            _require(self.num_dense_layers < self.num_layers and not self.num_dense_layers % len(self.layer_pattern),
+                     "num_dense_layers", self.num_dense_layers, f"must be below num_layers={self.num_layers}, and a "
+                     f"multiple of the {len(self.layer_pattern)} layers of layer_pattern")
         else:
-            for name in ("num_shared_experts", "router_bias", "capacity_factor", "expert_dim"):
+            for name in ("num_dense_layers", "num_shared_experts", "router_bias", "capacity_factor", "expert_dim"):
                 _require(not getattr(self, name), name, getattr(self, name), "needs num_experts")
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
         scaling = self.rope_scaling.get("type", "none")
@@ -176,11 +180,25 @@ class Architecture:
         return tuple(self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.num_layers))
 
     @property
-    def active_mlp_dim(self) -> int:
-        """Hidden channels of the mlp that a token goes through; with experts, of those that it chooses and the shared."""
+    def stacks(self) -> tuple[tuple[str, "Architecture", int], ...]:
+        """Name of the parameters, what its blocks are, and how many they are: of each run of blocks of one kind."""
+        if not self.num_dense_layers:
+            return ("layers", self, self.num_layers),
+        dense = dataclasses.replace(self, num_dense_layers=0, num_experts=0, expert_dim=0, num_shared_experts=0,
+                                    router_bias=False, capacity_factor=0.0)
+        return (("first_layers", dense, self.num_dense_layers),
+                ("layers", dataclasses.replace(self, num_dense_layers=0), self.num_layers - self.num_dense_layers))
+
+    @property
+    def active_mlp_dim(self) -> float:
+        """Hidden channels of the mlp that a token goes through; with experts, of those that it chooses and the shared.
+
+        The mean over the layers, where some are dense.
+        """
         if not self.num_experts:
             return self.mlp_dim
-        return self.expert_dim * (self.experts_per_token + self.num_shared_experts)
+        chosen = self.expert_dim * (self.experts_per_token + self.num_shared_experts)
+        return chosen + (self.mlp_dim - chosen) * self.num_dense_layers / self.num_layers
 
     def param_count(self) -> int:
         """Returns the number of parameters, each counted once (tied embeddings once)."""
@@ -191,24 +209,28 @@ class Architecture:
         attention += (q + 2 * kv) * self.qkv_bias + D * self.attention_out_bias
         attention += {"none": 0, "head": 2 * self.head_dim, "full": q + kv}[self.qk_norm] * (norm // D)
         mlp = D * F * (3 if self.gated_mlp else 2) + (F * (2 if self.gated_mlp else 1) + D) * self.mlp_bias
+        mlps = self.num_layers * mlp
         if self.num_experts:
-            mlp = self._expert_params(self.num_experts) + self.num_experts * self.router_bias
+            experts = self._expert_params(self.num_experts) + self.num_experts * self.router_bias
+            mlps = self.num_dense_layers * mlp + (self.num_layers - self.num_dense_layers) * experts
         sublayers = 3 if self.cross_attention else 2
-        layer = attention * (sublayers - 1) + mlp
+        layer = attention * (sublayers - 1)
         layer += norm * sublayers * (2 if self.norm_position == "sandwich" else 1)
         tables = self.vocab_size * D * (1 if self.tie_embeddings else 2)
         tables += self.max_seq_len * D if self.position == "learned" else 0
-        return self.num_layers * layer + norm * self.final_norm + tables
+        return self.num_layers * layer + mlps + norm * self.final_norm + tables
 
     def matmul_param_count(self) -> int:
         """Returns the parameters that multiply a token: no embedding tables, norms, biases, nor experts not chosen."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         attention = self.embed_dim * (2 * q + 2 * kv)
         mlp = self.embed_dim * self.mlp_dim * (3 if self.gated_mlp else 2)
+        mlps = self.num_layers * mlp
         if self.num_experts:
-            mlp = self._expert_params(self.experts_per_token)
-        layer = attention * (2 if self.cross_attention else 1) + mlp
-        return self.num_layers * layer + self.vocab_size * self.embed_dim   # the head, tied or not
+            sparse = self.num_layers - self.num_dense_layers
+            mlps = self.num_dense_layers * mlp + sparse * self._expert_params(self.experts_per_token)
+        attentions = self.num_layers * (2 if self.cross_attention else 1)
+        return attentions * attention + mlps + self.vocab_size * self.embed_dim   # the head, tied or not
 
     def _expert_params(self, experts: int) -> int:
         """Returns the parameters of a router's matrix, so many experts and the shared ones."""

@@ -416,7 +416,8 @@ def per_layer(params):
 
     Cut out of the stacked array inside the step, every layer would be copied for every token.
     """
-    return {**params, "transformer": {**params["transformer"], "layers": _unstacked(params["transformer"]["layers"])}}
+    return {**params, "transformer": {name: _unstacked(part) if name in ("first_layers", "layers") else part
+                                      for name, part in params["transformer"].items()}}
 
 
 @jax.jit

@@ -94,7 +94,7 @@ def _kept(x, layout, *axes):
 
 
 def projection(module: nn.Module, length: int, name: str, init, **axes: int):
-    """Returns f(x) = x times the parameter `name`, with which a sublayer begins or ends on sequences of `length` tokens.
+    """Returns f(x) = x times the parameter `name`, which begins or ends a sublayer on sequences of `length` tokens.
 
     It begins with x [B, T, embed] where "embed" is the parameter's first axis, and ends with [B, T, embed] where it is
     the last. A mesh may cut tokens over `context`, and outside of sublayers over `tensor` too, which cuts channels
@@ -652,11 +652,10 @@ class Transformer(nn.Module):
         a, (B, T, _) = self.arch, x_BTD.shape
         if self.is_initializing():   # on a dummy, and perhaps without the chip whose kernel training asks for
             a = dataclasses.replace(a, attention_kernel="reference")
-        block = Block(a, self.layout, parent=None)
         if self.is_initializing():
-            layers = self.param("layers", self._init_layers, a)
+            layers = {name: self.param(name, self._init_layers, name, own, n) for name, own, n in a.stacks}
         else:
-            layers = self.get_variable("params", "layers")
+            layers = {name: self.get_variable("params", name) for name, _, _ in a.stacks}
 
         cut = _cut(self.layout)
         if cut:
@@ -704,21 +703,35 @@ class Transformer(nn.Module):
         # Of each row: what is drawn for it does not depend on how the batch is cut into microbatches.
         keys_LB = jax.random.split(key, (a.num_layers, B)) if key is not None else None
 
-        def apply(x, layer, key_B, kind, layer_cache=None, layer_trunk=None):
-            x, layer_cache, taps = block.apply({"params": layer}, x, inputs, kind, key_B, layer_cache, layer_trunk)
-            return x, layer_cache, {name: taps[name] for name in capture}
+        x, taps, made, first = x_BTD, [], [], 0
+        for name, own, n in a.stacks:
+            here, block = slice(first, first + n), Block(own, self.layout, parent=None)
+            of_these = lambda arrays_L: jax.tree.map(lambda x: x[here], arrays_L)
 
+            def apply(x, layer, key_B, kind, layer_cache=None, layer_trunk=None):
+                x, layer_cache, taps = block.apply({"params": layer}, x, inputs, kind, key_B, layer_cache, layer_trunk)
+                return x, layer_cache, {name: taps[name] for name in capture}
+
+            if cache is not None:
+                given = []
+                for layer, kind, k, v in zip(unstack(layers[name], n), kinds[here], cache.k[here], cache.v[here]):
+                    x, (k, v, _), tap = apply(x, layer, None, kind, (k, v, places[kind]))
+                    made, given = [*made, (k, v)], [*given, tap]
+                taps.append(jax.tree.map(lambda *t: jnp.stack(t), *given))
+            elif stages and name == "layers":
+                x, tap = self._through_stages(own, x, layers[name], inputs, of_these(keys_LB), capture, stages)
+                taps.append(tap)
+            else:
+                x, tap = _through_layers(apply, x, layers[name], of_these(keys_LB), of_these(trunk and trunk[:2]),
+                                         dataclasses.replace(own, num_layers=n))
+                taps.append(tap)
+            first += n
         if cache is not None:
-            x, ks, vs, taps = x_BTD, [], [], []
-            for i, (layer, kind) in enumerate(zip(unstack(layers, a.num_layers), kinds)):
-                x, (k, v, _), tap = apply(x, layer, None, kind, (cache.k[i], cache.v[i], places[kind]))
-                ks, vs, taps = [*ks, k], [*vs, v], [*taps, tap]
-            cache = Cache(tuple(ks), tuple(vs), cache.length_B + (T if cache.count_B is None else cache.count_B))
-            taps = jax.tree.map(lambda *t: jnp.stack(t), *taps)
-        elif stages:
-            x, taps = self._through_stages(x_BTD, layers, inputs, keys_LB, capture, stages)
-        else:
-            x, taps = _through_layers(apply, x_BTD, layers, keys_LB, trunk and (trunk.k, trunk.v), a)
+            cache = Cache(*zip(*made), cache.length_B + (T if cache.count_B is None else cache.count_B))
+        # A router is in some stacks alone.
+        taps = {name: jax.tree.map(lambda *t: jnp.concatenate(t) if len(t) > 1 else t[0], *(
+            tap[name] for tap in taps if tap[name] is not None)) if any(
+                tap[name] is not None for tap in taps) else None for name in capture}
         if cut:
             x = ring.collect(x, ("batch", "length", "embed"), self.layout)
             width = lambda name: ("kv_heads", "head") if name in ("k", "v") else ("embed",)
@@ -728,9 +741,8 @@ class Transformer(nn.Module):
             x = Norm(a, name="final_norm")(x)
         return x, cache, taps
 
-    def _through_stages(self, x_BTD, layers, inputs, keys_LB, capture, schedule):
-        """Returns (x, taps [L, ...]) after all layers, each on its stage of the mesh."""
-        a = self.arch
+    def _through_stages(self, a, x_BTD, layers, inputs, keys_LB, capture, schedule):
+        """Returns (x, taps [L, ...]) after layers of architecture `a`, each on its stage of the mesh."""
         leaves, treedef = jax.tree.flatten(inputs)   # those that are no arrays are the same for every row
         per_row = {"inputs": [leaf if isinstance(leaf, jax.Array) else None for leaf in leaves]}
         if keys_LB is not None:
@@ -755,14 +767,14 @@ class Transformer(nn.Module):
 
         return pipeline.through_layers(group, layers, x_BTD, per_row, schedule, self.layout, pipeline.keeping(a.remat))
 
-    def _init_layers(self, key, a: Architecture):
-        """Returns the boxed parameters of all layers, stacked: each layer from its own key."""
+    def _init_layers(self, key, name: str, a: Architecture, n: int):
+        """Returns the boxed parameters of n layers, stacked along the axis `name`: each layer from its own key."""
         x = jnp.zeros((1, 1, a.embed_dim), a.dtype)
         mask = kernels.Mask()
         inputs = Inputs(dict.fromkeys(("global", "local"), mask), dict.fromkeys(("global", "local")), x, mask)
         block = Block(a, None, parent=None)
-        boxed = jax.vmap(lambda k: block.init(k, x, inputs, "global")["params"])(jax.random.split(key, a.num_layers))
-        return jax.tree.map(lambda b: b.add_axis(0, {"name": "layers"}), boxed, is_leaf=is_boxed)
+        boxed = jax.vmap(lambda k: block.init(k, x, inputs, "global")["params"])(jax.random.split(key, n))
+        return jax.tree.map(lambda b: b.add_axis(0, {"name": name}), boxed, is_leaf=is_boxed)
 
 
 def check(arch: Architecture, length: int, layout: Layout) -> None:

@@ -19,7 +19,7 @@ from fm_jax.config import CHOICES
 from fm_jax.errors import UserError, choose
 from fm_jax.sharding import is_axes
 
-STACKED = ("layers", "experts")  # axes over which a parameter is many independent ones
+STACKED = ("layers", "first_layers", "experts")  # axes over which a parameter is many independent ones
 WIDTH = ("embed", "expert_embed")   # axes of the residual stream
 MUON_MOMENTUM = 0.95             # Jordan et al., see `_muon`
 
@@ -51,7 +51,7 @@ def make(o, *, total_steps: int, warmup_steps: int, decay_steps: int, params, ax
     elif name == "adafactor":
         tx = step_of(_adafactor(o, params, axes), rate)
     else:
-        matrices = jax.tree.map(lambda a: "layers" in a and matrix_axes(a) is not None, axes, is_leaf=is_axes)
+        matrices = jax.tree.map(lambda a: a[0] in STACKED and matrix_axes(a) is not None, axes, is_leaf=is_axes)
         if not any(jax.tree.leaves(matrices)):
             raise UserError("config.optimizer.name='muon': the model has no matrix in stacked layers; use adamw")
         tx = optax.partition(

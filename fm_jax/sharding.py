@@ -51,6 +51,7 @@ RULES = {
     # Cut in the shard_map of pipeline.py alone. By constraints, gradients went wrong silently on the CPU backend of jax
     # 0.10 and 0.11.
     "layers": (("stage",), ()),
+    "first_layers": ((), ()),   # before the pipeline: `Architecture.stacks`
 }
 
 

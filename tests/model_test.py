@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fm_jax import model, sharding, tree
+from fm_jax import decode, model, sharding, tree
 from fm_jax.architecture import SIZES, Architecture
 from fm_jax.errors import UserError
 from fm_jax.objectives import causal_lm
@@ -41,8 +41,8 @@ VARIANTS = {
     "qk_layernorm": dict(norm="layernorm", norm_bias=True, qk_norm="head"),
     "qk_layernorm_full": dict(norm="layernorm", norm_bias=True, qk_norm="full"),
     "mixtral": dict(num_experts=5, experts_per_token=2, expert_dim=26),
-    "deepseek": dict(num_experts=7, experts_per_token=3, expert_dim=14, num_shared_experts=2, router_score="sigmoid",
-                     router_bias=True, router_scale=2.5),
+    "deepseek": dict(num_experts=7, num_dense_layers=1, experts_per_token=3, expert_dim=14, num_shared_experts=2,
+                     router_score="sigmoid", router_bias=True, router_scale=2.5),
     "local_encoder": dict(causal=False, layer_pattern=("local",), window=3),
 }
 
@@ -106,8 +106,7 @@ def test_cached_equals_full(variant):
     got, cache, _ = run(module, params, TOKENS[:, :5],
                         cache=model.Cache.empty(arch, 2, 16)._replace(count_B=jnp.asarray(starts)))
     np.testing.assert_allclose(got[1], full[1, :5], rtol=1e-4, atol=1e-4)   # row 0's last two are padding
-    unstacked = dict(params, transformer=dict(params["transformer"], layers=model.unstack(
-        jax.tree.map(jnp.asarray, params["transformer"]["layers"]), arch.num_layers)))
+    unstacked = decode.per_layer(jax.tree.map(jnp.asarray, params))
     done = starts.copy()
     for n in (1, 1, 3):
         tokens = np.stack([TOKENS[b, done[b] : done[b] + n] for b in range(2)])

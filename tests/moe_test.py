@@ -288,7 +288,7 @@ def make(mesh=None, **changes):
 
 
 TRAINED = {
-    "deepseek": {f"model.{k}": v for k, v in DEEPSEEK.items()},
+    "deepseek": {f"model.{k}": v for k, v in DEEPSEEK.items()} | {"model.num_layers": 3, "model.num_dense_layers": 1},
     "capacity": {"model.capacity_factor": 1.0, "objective_args.router_z_loss": 0.01, "model.remat": "full",
                  "model.scan_layers": False},
 }
@@ -336,11 +336,12 @@ def test_only_training_drops_tokens():
 
 # --- shapes, counts, what does not fit ------------------------------------------------------------------------------
 
-# Of the published weights, in parameters: all, and those of a token (the model cards' 13B, 3.3B).
-PUBLISHED = {"mixtral-8x7b": (46_702_792_704, 12.9e9), "qwen3-30b-a3b": (30_532_122_624, 3.3e9)}
+# Of the published weights, in parameters: all, and those of a token (the model cards' 13B, 3.3B, 2.8B).
+PUBLISHED = {"mixtral-8x7b": (46_702_792_704, 12.9e9), "qwen3-30b-a3b": (30_532_122_624, 3.3e9),
+             "deepseek-moe-16b": (16_375_728_128, 2.8e9)}
 
 
-@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-30b-a3b", "deepseek-moe-16b-like", "deepseek-v3-like"])
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-30b-a3b", "deepseek-moe-16b", "deepseek-v3-like"])
 def test_published_shapes_have_their_parameters(name):
     c = config_lib.resolve(config_lib.from_file(f"{ROOT / 'configs' / 'moe.py'}:{name}"))
     arch = Architecture(**c.model.to_dict())
@@ -375,7 +376,8 @@ def test_optimizers_see_one_matrix_for_each_expert():
     (dict(mlp_bias=True), "experts have no biases"), (dict(router_score="softmx"), "did you mean 'softmax'"),
     (dict(num_experts=0), "expert_dim=8 needs num_experts"),
     (dict(num_experts=0, expert_dim=0, capacity_factor=1.5), "capacity_factor=1.5 needs num_experts"),
-    (dict(capacity_factor=-1.0), "must be 0 or more"),
+    (dict(capacity_factor=-1.0), "must be 0 or more"), (dict(num_dense_layers=2), "must be below num_layers=2"),
+    (dict(num_experts=0, expert_dim=0, num_dense_layers=1), "num_dense_layers=1 needs num_experts"),
 ])
 def test_bad_architectures_are_refused(changes, message):
     with pytest.raises(UserError, match=message):

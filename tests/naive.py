@@ -123,7 +123,8 @@ def stack(a, p, xs, segments=None, positions=None, prefix=None, context=None, co
     """Returns the outputs of the whole stack for one sequence of vectors."""
     positions = list(range(len(xs))) if positions is None else positions
     for l in range(a.num_layers):
-        layer = _index(p["layers"], l)
+        dense = a.num_dense_layers
+        layer = _index(p["first_layers"], l) if l < dense else _index(p["layers"], l - dense)
         local = a.layer_pattern[l % len(a.layer_pattern)] == "local"
 
         def sees(t, s):
@@ -145,7 +146,7 @@ def stack(a, p, xs, segments=None, positions=None, prefix=None, context=None, co
         xs = sublayer(xs, "attention", lambda v: attention(a, layer["attention"], v, v, sees, positions, local, False))
         if a.cross_attention:
             xs = sublayer(xs, "cross", lambda v: attention(a, layer["cross"], v, context, cross_sees, None, local, True))
-        mix = lambda v: moe(a, layer["moe"], v, segments) if a.num_experts else [mlp(a, layer["mlp"], x) for x in v]
+        mix = lambda v: moe(a, layer["moe"], v, segments) if "moe" in layer else [mlp(a, layer["mlp"], x) for x in v]
         xs = sublayer(xs, "mlp", mix)
     return [norm(a, p["final_norm"], x) for x in xs] if a.final_norm else xs
 
