@@ -54,6 +54,7 @@ class Architecture:
 
     norm: str = "rmsnorm"               # layernorm
     norm_position: str = "pre"          # x+f(n(x)); post: n(x+f(x)); sandwich: x+n(f(n(x))); output: x+n(f(x))
+    parallel_residual: bool = False     # x+f(n1(x))+g(n2(x)): attention and mlp both read the block's input (GPT-NeoX)
     norm_eps: float = 1e-6
     norm_bias: bool = False
     norm_zero_centered: bool = False    # stores scale - 1 (Gemma)
@@ -136,6 +137,8 @@ class Architecture:
         _require(len(self.layer_pattern) > 0, "layer_pattern", self.layer_pattern, "must name at least one layer")
         _require(not (self.matmul_dtype and self.num_experts), "matmul_dtype", self.matmul_dtype,
                  "is not for experts; set it to '' or num_experts to 0")
+        _require(not self.parallel_residual or self.norm_position == "pre" and not self.cross_attention,
+                 "parallel_residual", self.parallel_residual, "needs norm_position='pre' and no cross_attention")
         for kind in self.layer_pattern:
             choose(kind, ("global", "local"), "model.layer_pattern")
         _require("local" not in self.layer_pattern or self.window > 0, "window", self.window,

@@ -46,6 +46,7 @@ def defaults() -> ml_collections.ConfigDict:
     """
     c = ml_collections.ConfigDict()
     c.name = ""                          # free text, shown in logs
+    c.hf_family = ""                     # of the weights it began with: an export takes it; "": the first that fits
     c.objective = "fm_jax.objectives.causal_lm.CausalLM"   # import path of the objective
     c.objective_args = ml_collections.ConfigDict()          # keyword arguments of the objective; each config lists them
     c.seed = 0                           # of parameters, data order, dropout: the whole run

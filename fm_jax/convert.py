@@ -5,11 +5,13 @@
     python -m fm_jax.convert --from_hf model.gguf --workdir runs/imported
     python -m fm_jax.convert --workdir runs/x --to_hf exported
 
-Reads safetensors, in one file or several, of the families gpt2, llama and mistral, and GGUF files of architecture
-llama (dequantised; needs the package gguf). Tokenizer and chat template come along.
+Reads safetensors, in one file or several, of the families gpt2, gpt_neox (Pythia), llama (SmolLM), mistral, mixtral,
+qwen2, qwen3, qwen3_moe, gemma2, gemma3_text, phi3 and olmo2, and GGUF files of architecture llama (dequantised; needs
+the package gguf). Tokenizer and chat template come along.
 The run it writes is at step 0, for evaluate, generate and fm_jax.load; training goes on from its weights in a run of
 its own, with --config.checkpoint.init_from. What it exports opens with transformers' AutoModelForCausalLM: the
-average of the parameters where the run keeps one. An exported tokenizer of ours puts nothing before a text; a prompt
+average of the parameters where the run keeps one, in the family that it was imported from, else in the first that can
+express it (`config.hf_family`). An exported tokenizer of ours puts nothing before a text; a prompt
 that is to begin where documents began in training spells it out: "<s>Once". Layer 5.
 """
 
@@ -72,9 +74,9 @@ def _export(args):
     config, _ = config_lib.load(f"{args.workdir}/config.json")
     with storage.local(args.workdir, "tokenizer") as files:
         arch, tokenizer = Architecture(**config.model.to_dict()), tokenizers.load(files.path / "tokenizer")
-    family = hf.settings_of(arch)["model_type"]   # before a large checkpoint is read
+    family = hf.settings_of(arch, config.hf_family)["model_type"]   # before a large checkpoint is read
     params = checkpoint.restore_params(args.workdir, args.step, ema=True)
-    note = hf.save(args.to_hf, arch, params, tokenizer)
+    note = hf.save(args.to_hf, arch, params, tokenizer, family=family)
     print(f"{args.to_hf}: {tree.count(params):,} parameters as {family}; {note}")
 
 

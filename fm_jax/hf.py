@@ -42,14 +42,15 @@ FILE_BYTES = 5_000_000_000    # of an exported file at most, but for a larger te
 class Row(NamedTuple):
     """A parameter of ours in a tensor of the family.
 
-    Letters: those of model.py, and P positions. Letters that share an axis of the tensor are merged there, the
-    first outermost; "+" marks the axis along which the rows that share a tensor follow each other.
+    Letters: those of model.py, and P positions, M hidden channels of an expert, Q and R those of all heads and kv heads.
+    Letters that share an axis of the tensor are merged there, the first outermost. "+" marks the axis along which the
+    rows that share a tensor follow each other; "K:+H" that they do so for each K in turn.
     """
 
-    key: str       # of the tensor; {}: the layer
+    key: str       # of the tensor; {}: the layer, {e}: the expert
     axes: str      # of the tensor, separated by spaces
     name: str      # of our parameter
-    letters: str   # axes of our parameter, behind that of the layers
+    letters: str   # axes of our parameter, behind those of the layers and experts
 
 
 class Family(NamedTuple):
@@ -57,29 +58,104 @@ class Family(NamedTuple):
     prefix: str                        # of the keys; files of a bare model without head lack it
     rows: tuple[Row, ...]
     fixed: dict                        # fields of Architecture that all its models share
-    settings: tuple[tuple, ...]        # (key of config.json, field of Architecture, default of the key)
+    # (key of config.json, field of Architecture, default of the key), and where the two are not the same number:
+    # (function of the key's value, function of the Architecture that gives it back; None: the key is written already).
+    settings: tuple[tuple, ...]
+    aliases: dict = {}                 # other keys of config.json, by which some versions of transformers write it
     only: dict = {}                    # key of config.json: the one value that we honour, which is its default
     harmless: tuple[str, ...] = ()     # keys of config.json that change no logits
-    window: bool = False               # `sliding_window` holds for every layer
+    windows: "Windows | None" = None   # None: every layer is global
+    rope_theta: tuple[str, float] = ("rope_theta", 10000.0)   # key of config.json, and its default
+    rope_frac: tuple[str, float] = ("", 1.0)                  # the same of rope_frac; "": all channels are rotated
+    rope_local_theta: str = ""         # key of config.json: theta of local layers
     buffers: str = "(?!)"              # pattern of tensors that are no parameters
 
 
-def _llama(biases: bool) -> tuple[Row, ...]:
-    layer, ours = "model.layers.{}.", "transformer.layers."
-    rows = [Row("model.embed_tokens.weight", "V D", "embed.tokens", "VD"),
-            Row(layer + "input_layernorm.weight", "D", ours + "attention_norm.scale", "D")]
-    for one, q in (("q", "KGH"), ("k", "KH"), ("v", "KH")):
-        rows.append(Row(f"{layer}self_attn.{one}_proj.weight", f"{q} D", f"{ours}attention.w{one}", f"D{q}"))
-        rows.append(Row(f"{layer}self_attn.{one}_proj.bias", q, f"{ours}attention.{one}_bias", q))
-    rows += [Row(layer + "self_attn.o_proj.weight", "D KGH", ours + "attention.wo", "KGHD"),
-             Row(layer + "self_attn.o_proj.bias", "D", ours + "attention.o_bias", "D"),
-             Row(layer + "post_attention_layernorm.weight", "D", ours + "mlp_norm.scale", "D")]
+class Windows(NamedTuple):
+    """Which layers are local, where `sliding_window` is set and `layer_types` does not say."""
+
+    local: Callable[[dict, int], bool]   # of (config.json, number of the layer)
+    default: int | None = 4096           # of sliding_window
+    switch: bool = False                 # use_sliding_window must be set too
+    by_layer: bool = False               # config.json has layer_types
+    keys: tuple[str, ...] = ()           # what `local` reads
+
+
+_LLAMA_NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
+_SANDWICH_NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "attention_out_norm",
+                   "pre_feedforward_layernorm": "mlp_norm", "post_feedforward_layernorm": "mlp_out_norm"}
+_OUTPUT_NORMS = {"post_attention_layernorm": "attention_out_norm", "post_feedforward_layernorm": "mlp_out_norm"}
+_LAYER, _OURS = "model.layers.{}.", "transformer.layers."
+
+
+def _gated_mlp() -> list[Row]:
+    rows = []
     for one, axes, letters in (("gate", "F D", "DF"), ("up", "F D", "DF"), ("down", "D F", "FD")):
-        rows.append(Row(f"{layer}mlp.{one}_proj.weight", axes, f"{ours}mlp.w_{one}", letters))
-        rows.append(Row(f"{layer}mlp.{one}_proj.bias", axes[0], f"{ours}mlp.{one}_bias", axes[0]))
+        rows.append(Row(f"{_LAYER}mlp.{one}_proj.weight", axes, f"{_OURS}mlp.w_{one}", letters))
+        rows.append(Row(f"{_LAYER}mlp.{one}_proj.bias", axes[0], f"{_OURS}mlp.{one}_bias", axes[0]))
+    return rows
+
+
+def _experts(router: str, names: dict[str, str]) -> list[Row]:
+    """Returns the rows of a mixture: keys below the layer's of the router, and of each expert's matrix."""
+    rows = [Row(f"{_LAYER}{router}.weight", "E D", _OURS + "moe.router", "DE")]
+    for ours, key in names.items():
+        axes, letters = ("D M", "MD") if ours == "w_down" else ("M D", "DM")
+        rows.append(Row(f"{_LAYER}{key}.weight", axes, f"{_OURS}moe.{ours}", letters))
+    return rows
+
+
+def _llama(*, norms=_LLAMA_NORMS, qk_norm="", merged=False, mlp=None) -> tuple[Row, ...]:
+    """Returns the rows of a decoder with Llama's names.
+
+    qk_norm: letters of its scales, "HH" or "QR". merged: queries, keys and values are one tensor, so gate and up.
+    mlp: other rows in place of the mlp's.
+    """
+    rows = [Row("model.embed_tokens.weight", "V D", "embed.tokens", "VD")]
+    for one, q in (("q", "KGH"), ("k", "KH"), ("v", "KH")):
+        key, first = (f"{_LAYER}self_attn.qkv_proj", "+") if merged else (f"{_LAYER}self_attn.{one}_proj", "")
+        rows.append(Row(f"{key}.weight", f"{first}{q} D", f"{_OURS}attention.w{one}", f"D{q}"))
+        rows.append(Row(f"{key}.bias", first + q, f"{_OURS}attention.{one}_bias", q))
+    rows += [Row(_LAYER + "self_attn.o_proj.weight", "D KGH", _OURS + "attention.wo", "KGHD"),
+             Row(_LAYER + "self_attn.o_proj.bias", "D", _OURS + "attention.o_bias", "D")]
+    rows += [Row(f"{_LAYER}self_attn.{one}_norm.weight", letter, f"{_OURS}attention.{one}_norm.scale", letter)
+             for one, letter in zip("qk", qk_norm)]
+    rows += [Row(f"{_LAYER}{key}.weight", "D", f"{_OURS}{name}.scale", "D") for key, name in norms.items()]
+    if merged:
+        rows += [Row(_LAYER + "mlp.gate_up_proj.weight", "+F D", f"{_OURS}mlp.{name}", "DF") for name in ("w_gate", "w_up")]
+        rows.append(Row(_LAYER + "mlp.down_proj.weight", "D F", _OURS + "mlp.w_down", "FD"))
+    else:
+        rows += mlp or _gated_mlp()
     rows += [Row("model.norm.weight", "D", "transformer.final_norm.scale", "D"),
              Row("lm_head.weight", "V D", "embed.head", "VD")]
-    return tuple(r for r in rows if biases or not r.key.endswith("bias"))
+    return tuple(rows)
+
+
+def _weight_and_bias(key, axes, name, letters, bias=None):
+    """Returns the rows of a product or norm that adds a bias. bias: (axes, name, letters) of it, default a norm's."""
+    bias = bias or (axes, name.removesuffix("scale") + "bias", letters)
+    return Row(key + ".weight", axes, name, letters), Row(key + ".bias", *bias)
+
+
+_NEOX, _QKV = "gpt_neox.layers.{}.", "gpt_neox.layers.{}.attention.query_key_value"
+_NEOX_ROWS = (
+    Row("gpt_neox.embed_in.weight", "V D", "embed.tokens", "VD"),
+    *_weight_and_bias(_NEOX + "input_layernorm", "D", _OURS + "attention_norm.scale", "D"),
+    *_weight_and_bias(_NEOX + "post_attention_layernorm", "D", _OURS + "mlp_norm.scale", "D"),
+    Row(_QKV + ".weight", "K:+GH D", _OURS + "attention.wq", "DKGH"),   # K is all heads
+    Row(_QKV + ".weight", "K:+H D", _OURS + "attention.wk", "DKH"),
+    Row(_QKV + ".weight", "K:+H D", _OURS + "attention.wv", "DKH"),
+    Row(_QKV + ".bias", "K:+GH", _OURS + "attention.q_bias", "KGH"),
+    Row(_QKV + ".bias", "K:+H", _OURS + "attention.k_bias", "KH"),
+    Row(_QKV + ".bias", "K:+H", _OURS + "attention.v_bias", "KH"),
+    *_weight_and_bias(_NEOX + "attention.dense", "D KGH", _OURS + "attention.wo", "KGHD",
+                      ("D", _OURS + "attention.o_bias", "D")),
+    *_weight_and_bias(_NEOX + "mlp.dense_h_to_4h", "F D", _OURS + "mlp.w_up", "DF", ("F", _OURS + "mlp.up_bias", "F")),
+    *_weight_and_bias(_NEOX + "mlp.dense_4h_to_h", "D F", _OURS + "mlp.w_down", "FD",
+                      ("D", _OURS + "mlp.down_bias", "D")),
+    *_weight_and_bias("gpt_neox.final_layer_norm", "D", "transformer.final_norm.scale", "D"),
+    Row("embed_out.weight", "V D", "embed.head", "VD"),
+)
 
 
 _GPT2_ROWS = (
@@ -114,6 +190,38 @@ _LLAMA_SETTINGS = (   # the defaults are those of transformers' LlamaConfig
     ("rms_norm_eps", "norm_eps", 1e-6), ("tie_word_embeddings", "tie_embeddings", False),
 )
 _LLAMA_FIXED = dict(norm="rmsnorm", position="rope", gated_mlp=True)
+
+
+def _settings(*more, **defaults):
+    """Returns Llama's settings with other defaults, by key, and more."""
+    assert set(defaults) <= {key for key, _, _ in _LLAMA_SETTINGS}, defaults
+    return (*((key, field, defaults.get(key, default)) for key, field, default in _LLAMA_SETTINGS), *more)
+
+
+def _whole(number):
+    """Returns a number as an int, where it is one but for rounding."""
+    return round(number) if abs(number - round(number)) < 1e-6 else number
+
+
+_EXPERTS = ("router_aux_loss_coef", "output_router_logits")   # of training
+_QWEN_WINDOWS = dict(switch=True, by_layer=True, keys=("max_window_layers",))
+_GEMMA_FIXED = _LLAMA_FIXED | dict(norm_position="sandwich", norm_zero_centered=True)
+
+
+def _gemma_settings(attention_softcap, logit_softcap, **defaults):
+    """Returns Gemma's: embeddings are scaled by the root of the width, scores by that of a number of its own."""
+    same = lambda v: v
+    settings = _settings(
+        ("hidden_size", "embed_scale", 2304, lambda v: v ** 0.5, None),
+        ("query_pre_attn_scalar", "attention_scale", 256, lambda v: v ** -0.5,
+         lambda a: _whole((a.attention_scale or a.head_dim ** -0.5) ** -2)),
+        ("attn_logit_softcapping", "attention_softcap", attention_softcap, same, lambda a: a.attention_softcap or None),
+        ("final_logit_softcapping", "logit_softcap", logit_softcap, same, lambda a: a.logit_softcap or None),
+        hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=256, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True, **defaults)
+    return tuple((key.replace("hidden_act", "hidden_activation"), *rest) for key, *rest in settings)
+
+
 _LLAMA_BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
 # The first that can express a model is the one it is exported as.
@@ -133,18 +241,95 @@ FAMILIES = {
                   "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),
         buffers=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"),
     "llama": Family(
-        "LlamaForCausalLM", "model.", _llama(biases=True), _LLAMA_FIXED,
+        "LlamaForCausalLM", "model.", _llama(), _LLAMA_FIXED,
         settings=(*_LLAMA_SETTINGS, ("attention_bias", "qkv_bias", False),
                   ("attention_bias", "attention_out_bias", False), ("mlp_bias", "mlp_bias", False)),
         only={"rope_interleaved": False},
         # pretraining_tp cuts the same products into parts; is_llama_config marks a conversion (SmolLM2).
         harmless=("attention_dropout", "pretraining_tp", "is_llama_config"), buffers=_LLAMA_BUFFERS),
     "mistral": Family(
-        "MistralForCausalLM", "model.", _llama(biases=False), _LLAMA_FIXED,
+        "MistralForCausalLM", "model.", _llama(), _LLAMA_FIXED,
         settings=tuple((key, field, {"intermediate_size": 14336, "num_key_value_heads": 8,
                                      "max_position_embeddings": 4096 * 32}.get(key, default))
                        for key, field, default in _LLAMA_SETTINGS),
-        harmless=("attention_dropout",), window=True, buffers=_LLAMA_BUFFERS),
+        harmless=("attention_dropout",), windows=Windows(lambda s, i: True), buffers=_LLAMA_BUFFERS),
+    "qwen2": Family(
+        "Qwen2ForCausalLM", "model.", _llama(), _LLAMA_FIXED | dict(qkv_bias=True),
+        _settings(vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, max_position_embeddings=32768),
+        harmless=("attention_dropout",), buffers=_LLAMA_BUFFERS,
+        windows=Windows(lambda s, i: i >= s.get("max_window_layers", 28), **_QWEN_WINDOWS)),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", "model.", _llama(qk_norm="HH"), _LLAMA_FIXED | dict(qk_norm="head"),
+        _settings(("attention_bias", "qkv_bias", False), ("attention_bias", "attention_out_bias", False),
+                  vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, head_dim=128,
+                  max_position_embeddings=32768),
+        harmless=("attention_dropout",), buffers=_LLAMA_BUFFERS,
+        windows=Windows(lambda s, i: i >= s.get("max_window_layers", 28), **_QWEN_WINDOWS)),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM", "model.",
+        _llama(qk_norm="HH", mlp=_experts("mlp.gate", {
+            f"w_{one}": "mlp.experts.{e}." + one + "_proj" for one in ("gate", "up", "down")})),
+        _LLAMA_FIXED | dict(qk_norm="head"),
+        _settings(("num_experts", "num_experts", 128), ("num_experts_per_tok", "experts_per_token", 8),
+                  ("moe_intermediate_size", "expert_dim", 768), ("norm_topk_prob", "router_renormalize", False),
+                  vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=24,
+                  num_key_value_heads=4, max_position_embeddings=32768),
+        aliases={"num_local_experts": "num_experts"},
+        only={"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        harmless=("attention_dropout", *_EXPERTS), buffers=_LLAMA_BUFFERS,
+        windows=Windows(lambda s, i: True, switch=True, keys=("max_window_layers",))),
+    "mixtral": Family(
+        "MixtralForCausalLM", "model.",
+        _llama(mlp=_experts("block_sparse_moe.gate", {
+            f"w_{one}": "block_sparse_moe.experts.{e}." + key for one, key in (("gate", "w1"), ("up", "w3"),
+                                                                              ("down", "w2"))})),
+        _LLAMA_FIXED,
+        _settings(("num_local_experts", "num_experts", 8), ("num_experts_per_tok", "experts_per_token", 2),
+                  ("intermediate_size", "expert_dim", 14336), intermediate_size=14336, num_key_value_heads=8,
+                  max_position_embeddings=4096 * 32, rms_norm_eps=1e-5),
+        only={"router_jitter_noise": 0.0}, harmless=("attention_dropout", *_EXPERTS), rope_theta=("rope_theta", 1e6),
+        windows=Windows(lambda s, i: True, default=None), buffers=_LLAMA_BUFFERS),
+    "gemma2": Family(
+        "Gemma2ForCausalLM", "model.", _llama(norms=_SANDWICH_NORMS), _GEMMA_FIXED,
+        _gemma_settings(50.0, 30.0, vocab_size=256000, max_position_embeddings=8192),
+        only={"attention_bias": False, "use_bidirectional_attention": None, "cache_implementation": "hybrid"},
+        harmless=("attention_dropout", "hidden_act"), buffers=_LLAMA_BUFFERS,   # what is read is hidden_activation
+        windows=Windows(lambda s, i: i % 2 == 0, by_layer=True)),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM", "model.", _llama(norms=_SANDWICH_NORMS, qk_norm="HH"), _GEMMA_FIXED | dict(qk_norm="head"),
+        _gemma_settings(None, None, vocab_size=262208, max_position_embeddings=131072),
+        only={"attention_bias": False, "use_bidirectional_attention": False, "cache_implementation": "hybrid"},
+        harmless=("attention_dropout", "_sliding_window_pattern"), buffers=_LLAMA_BUFFERS, rope_theta=("rope_theta", 1e6),
+        rope_local_theta="rope_local_base_freq",
+        windows=Windows(lambda s, i: (i + 1) % (s.get("sliding_window_pattern") or 6) > 0, by_layer=True,
+                        keys=("sliding_window_pattern",))),
+    "phi3": Family(
+        "Phi3ForCausalLM", "model.", _llama(merged=True), _LLAMA_FIXED,
+        tuple(s for s in _settings(vocab_size=32064, hidden_size=3072, intermediate_size=8192,
+                                   max_position_embeddings=4096, rms_norm_eps=1e-5) if s[0] != "head_dim"),
+        only={"attention_bias": False},
+        # original_max_position_embeddings is of a rope scaling that is refused.
+        harmless=("attention_dropout", "resid_pdrop", "embd_pdrop", "original_max_position_embeddings", "auto_map"),
+        rope_frac=("partial_rotary_factor", 1.0), windows=Windows(lambda s, i: True, default=None),
+        buffers=_LLAMA_BUFFERS),
+    "olmo2": Family(
+        "Olmo2ForCausalLM", "model.", _llama(norms=_OUTPUT_NORMS, qk_norm="QR"),
+        _LLAMA_FIXED | dict(norm_position="output", qk_norm="full"),
+        tuple(s for s in _settings(("attention_bias", "qkv_bias", False), ("attention_bias", "attention_out_bias", False),
+                                   vocab_size=50304, rms_norm_eps=1e-5) if s[0] != "head_dim"),
+        harmless=("attention_dropout",), buffers=_LLAMA_BUFFERS),
+    "gpt_neox": Family(
+        "GPTNeoXForCausalLM", "gpt_neox.", _NEOX_ROWS,
+        dict(norm="layernorm", norm_bias=True, position="rope", gated_mlp=False, mlp_bias=True),
+        settings=(("vocab_size", "vocab_size", 50432), ("hidden_size", "embed_dim", 6144),
+                  ("intermediate_size", "mlp_dim", 24576), ("num_hidden_layers", "num_layers", 44),
+                  ("num_attention_heads", "num_heads", 64), ("max_position_embeddings", "max_seq_len", 2048),
+                  ("hidden_act", "activation", "gelu"), ("layer_norm_eps", "norm_eps", 1e-5),
+                  ("tie_word_embeddings", "tie_embeddings", False), ("attention_bias", "qkv_bias", True),
+                  ("attention_bias", "attention_out_bias", True), ("use_parallel_residual", "parallel_residual", True)),
+        harmless=("attention_dropout", "hidden_dropout", "classifier_dropout", "is_decoder"),
+        rope_theta=("rotary_emb_base", 10000.0), rope_frac=("rotary_pct", 0.25),
+        buffers=r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"),
 }
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu",
@@ -217,7 +402,7 @@ def read_config(folder: Folder, *, dtype: str = "") -> ml_collections.ConfigDict
     stored = {e.dtype for key, e in folder.entries.items()
               if e.dtype in DTYPES and not re.fullmatch(folder.family.buffers, key)}
     config = config_lib.defaults()
-    config.name = folder.path.resolve().name.removesuffix(".gguf")
+    config.name, config.hf_family = folder.path.resolve().name.removesuffix(".gguf"), folder.settings["model_type"]
     model = {f: getattr(arch, f) for f in config.model if f not in _COMPUTE}
     config_lib.override(config, {f"model.{f}": value for f, value in model.items()})
     config.model.param_dtype = "bfloat16" if stored == {"BF16"} else "float32"
@@ -233,41 +418,76 @@ def architecture(settings: dict, place: str) -> Architecture:
       UserError: an unknown family, or a setting that this model cannot honour.
     """
     family = FAMILIES[choose(settings.get("model_type"), FAMILIES, f"{place}: model_type")]
-    known = {key for key, _, _ in family.settings} | HARMLESS | {*family.harmless, *family.only}
-    known |= {"rope_theta", "rope_scaling", "rope_parameters"} if family.fixed["position"] == "rope" else set()
-    known |= {"sliding_window"} if family.window else set()
+    settings = {family.aliases.get(key, key): value for key, value in settings.items()}
+    known = {key for key, *_ in family.settings} | HARMLESS | {*family.harmless, *family.only}
+    if family.fixed["position"] == "rope":
+        known |= {family.rope_theta[0], family.rope_frac[0], family.rope_local_theta, "rope_scaling", "rope_parameters"}
+    if family.windows:
+        known |= {"sliding_window", "use_sliding_window", "layer_types", *family.windows.keys}
     wrong = [f"{k}={v!r}" for k, v in settings.items() if k not in known and v is not None]
-    wrong += [f"{k}={settings[k]!r}" for k, v in family.only.items() if settings.get(k, v) != v]
+    wrong += [f"{k}={settings[k]!r}" for k, v in family.only.items() if settings.get(k, v) not in (v, None)]
     if wrong:
         raise UserError(f"{place}: this model cannot be computed here with {', '.join(wrong)}")
     fields, plain = dict(family.fixed), Architecture()
-    for key, field, default in family.settings:
-        value = settings.get(key)
-        value = default if value is None else value
+    for key, field, default, *ways in family.settings:
+        value = settings.get(key, default)
         if field == "activation":
             value = ACTIVATIONS[choose(value, ACTIVATIONS, f"{place}: {key}")]
         kind = type(getattr(plain, field))
         if value is not None and type(value) is not kind and not (kind is float and type(value) is int):
             raise UserError(f"{place}: {key}={value!r}: expected {kind.__name__}")
-        fields[field] = 0 if value is None else value   # 0: derived from the others
+        # 0: derived from the others, or off
+        fields[field] = 0 if value is None else ways[0](value) if ways else value
     if family.fixed["position"] == "rope":
-        fields |= _rope(settings, fields["max_seq_len"], place)
-    if family.window and settings.get("sliding_window", 4096) is not None:
-        fields |= {"layer_pattern": ("local",), "window": settings.get("sliding_window", 4096)}
+        fields |= _rope(settings, family, fields["max_seq_len"], place)
+    if family.windows:
+        fields |= _windows(settings, family.windows, fields["num_layers"], place)
     try:
         return Architecture(**fields)
     except UserError as e:
         raise UserError(f"{place}: {e}") from None
 
 
-def _rope(settings, max_seq_len, place):
-    """Returns the fields rope_theta and rope_scaling of Architecture. The newest spelling is `rope_parameters`."""
-    rope = {k: v for k, v in (settings.get("rope_parameters") or settings.get("rope_scaling") or {}).items()
-            if v is not None}
-    for key, value in {"rope_theta": settings.get("rope_theta"), **rope}.items():
+LAYER_TYPES = {"full_attention": "global", "sliding_attention": "local"}
+
+
+def _windows(settings, windows, num_layers, place):
+    """Returns the fields layer_pattern and window of Architecture."""
+    window = settings.get("sliding_window", windows.default)
+    if window is None or windows.switch and not settings.get("use_sliding_window", False):
+        return {}
+    if types := settings.get("layer_types"):
+        if len(types) != num_layers:
+            raise UserError(f"{place}: layer_types names {len(types)} layers, and there are {num_layers}")
+        kinds = tuple(LAYER_TYPES[choose(t, LAYER_TYPES, f"{place}: layer_types")] for t in types)
+    else:
+        kinds = tuple("local" if windows.local(settings, i) else "global" for i in range(num_layers))
+    if "local" not in kinds:
+        return {}
+    period = next(p for p in range(1, num_layers + 1) if all(kinds[i] == kinds[i % p] for i in range(num_layers)))
+    return {"layer_pattern": kinds[:period], "window": window}
+
+
+def _rope(settings, family, max_seq_len, place):
+    """Returns the fields of Architecture on rotary positions. The newest spelling is `rope_parameters`."""
+    (theta_key, theta), (frac_key, frac) = family.rope_theta, family.rope_frac
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    local = {}
+    if family.rope_local_theta:
+        by_layer = set(rope) and set(rope) <= set(LAYER_TYPES)
+        local = dict(rope.get("sliding_attention") or {}) if by_layer else {}
+        rope = (rope.get("full_attention") or {}) if by_layer else rope
+        if local.pop("rope_type", "default") != "default":
+            raise UserError(f"{place}: this model cannot be computed here with a rope scaling of its local layers")
+        local = {"rope_local_theta": float(local.pop("rope_theta", settings.get(family.rope_local_theta) or 1e4))}
+    rope = {k: v for k, v in rope.items() if v is not None}
+    for key, value in {theta_key: settings.get(theta_key), frac_key: settings.get(frac_key), **rope}.items():
         if value is not None and key not in ("rope_type", "type", "truncate") and type(value) not in (int, float):
             raise UserError(f"{place}: {key}={value!r}: expected a number")
-    theta = rope.pop("rope_theta", settings.get("rope_theta") or 10000.0)
+    theta = rope.pop("rope_theta", settings.get(theta_key) or theta)
+    frac = rope.pop("partial_rotary_factor", settings.get(frac_key) or frac)
+    if frac != 1 and not frac_key:
+        raise UserError(f"{place}: this model cannot be computed here with a partial_rotary_factor other than 1")
     kind, _ = rope.pop("rope_type", rope.get("type", "default")), rope.pop("type", None)
     kind = "none" if kind == "default" else choose(kind, ROPE_SCALINGS, f"{place}: rope scaling")
     known = ROPE_SCALINGS.get(kind, {})
@@ -283,33 +503,31 @@ def _rope(settings, max_seq_len, place):
             rope["attention_factor"] = over / under
         if rope.pop("truncate", True) is not True:
             raise UserError(f"{place}: this model cannot be computed here with truncate=False in its rope scaling")
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{place}: this model cannot be computed here with a partial_rotary_factor other than 1")
     for key, value in rope.items():
         if _ROPE_KEYS.get(key) not in known:
             raise UserError(f"{place}: this model cannot be computed here with {key}={value!r} in its rope scaling "
                             f"({kind})")
         scaling[_ROPE_KEYS[key]] = value
-    return {"rope_theta": float(theta), "rope_scaling": scaling}
+    return {"rope_theta": float(theta), "rope_frac": float(frac), "rope_scaling": scaling, **local}
 
 
-def settings_of(arch: Architecture) -> dict:
+def settings_of(arch: Architecture, family: str = "") -> dict:
     """Returns the config.json of an architecture, without its special tokens.
 
     Rotary settings and dtype are spelt as in transformers 4, which 5 reads too. A family can express a model if what
-    it would write is read back as the same model.
+    it would write is read back as the same model. family: its name; "": the first that can.
 
     Raises:
       UserError: no family can; the fields that the nearest cannot express are named.
     """
     failed = {}
-    for name in FAMILIES:
+    for name in [choose(family, FAMILIES, "config.hf_family")] if family else FAMILIES:
         settings = _express(name, arch)
         failed[name] = _lost(arch, settings)
         if not failed[name]:
             return settings
     nearest = min(failed, key=lambda name: len(failed[name]))
-    raise UserError(f"no Hugging Face family here ({', '.join(FAMILIES)}) can express this model; {nearest} comes "
+    raise UserError(f"no Hugging Face family here ({', '.join(failed)}) can express this model; {nearest} comes "
                     f"nearest, without {', '.join(failed[nearest])}")
 
 
@@ -317,17 +535,27 @@ def _express(name, arch):
     family = FAMILIES[name]
     settings = {"model_type": name, "architectures": [family.architecture]}
     spelt = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-    for key, field, _ in family.settings:
+    for key, field, _, *ways in family.settings:
         value = getattr(arch, field)
-        settings[key] = spelt[value] if field == "activation" else value
+        if not ways:
+            settings[key] = spelt[value] if field == "activation" else value
+        elif ways[1]:
+            settings[key] = ways[1](arch)
     if family.fixed["position"] == "rope":
         kind = arch.rope_scaling.get("type", "none")
         values = {**ROPE_SCALINGS.get(kind, {}), **arch.rope_scaling}
-        settings["rope_theta"] = arch.rope_theta
+        own = {family.rope_theta[0]: arch.rope_theta, family.rope_frac[0]: arch.rope_frac,
+               family.rope_local_theta: arch.rope_local_theta}
+        settings |= {key: value for key, value in own.items() if key}
         settings["rope_scaling"] = None if kind == "none" else {"rope_type": kind} | {
             theirs: values[ours] for theirs, ours in _ROPE_KEYS.items() if values.get(ours)}
-    if family.window:
-        settings["sliding_window"] = arch.window if set(arch.layer_kinds) == {"local"} else None
+    if family.windows:
+        settings["sliding_window"] = arch.window if "local" in arch.layer_kinds else None
+        if family.windows.switch:
+            settings["use_sliding_window"] = "local" in arch.layer_kinds
+        if family.windows.by_layer:
+            theirs = {ours: theirs for theirs, ours in LAYER_TYPES.items()}
+            settings["layer_types"] = [theirs[kind] for kind in arch.layer_kinds]
     return settings
 
 
@@ -368,32 +596,46 @@ def read_params(folder: Folder, arch: Architecture, abstract):
     names, entries = tree.flatten(abstract), folder.entries
     tensors = _tensors(folder.family, arch, names)
     _check(folder, tensors, names)
-    where = {}   # name of ours -> [(entry, row, start, stop) of each layer]
+    where = {}   # name of ours -> the _Part of each layer and expert
     for tensor in tensors:
-        for row, start, stop in tensor.parts:
-            where.setdefault(row.name, []).append((entries[tensor.key], row, start, stop))
+        for part in tensor.parts:
+            where.setdefault(part.row.name, []).append(part._replace(entry=entries[tensor.key]))
     sizes = _sizes(arch)
 
     def read(name, leaf):
-        layered = "{}" in where[name][0][1].key
+        key = where[name][0].row.key
+        outer = leaf.shape[:("{}" in key) + ("{e}" in key)]   # layers, experts: each a tensor
+        parts = np.fromiter(where[name], object).reshape(outer)
 
         def piece(index):
-            parts, inside = (where[name][index[0]], index[1:]) if layered else (where[name], index)
-            out = [_view(part, sizes)[inside].astype(leaf.dtype) for part in parts]
-            for (entry, *_), array in zip(parts, out):
-                if not np.isfinite(array).all():
-                    raise UserError(f"{entry.path}: {entry.key} has values that are not finite")
-            return np.stack(out) if layered else out[0]
+            chosen, inside = parts[(*index[: len(outer)], ...)], index[len(outer) :]
+            out = []
+            for part in chosen.flat:
+                out.append(_view(part, sizes)[inside].astype(leaf.dtype))
+                if not np.isfinite(out[-1]).all():
+                    raise UserError(f"{part.entry.path}: {part.entry.key} has values that are not finite")
+            return np.stack(out).reshape(*chosen.shape, *out[0].shape)
 
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, piece)
 
     return tree.map_named(read, abstract)
 
 
+class _Part(NamedTuple):
+    """Of a tensor, what is a parameter of ours: from `start` to `stop` of `length` along the axis marked "+"."""
+
+    row: Row
+    start: int
+    stop: int
+    length: int = 0
+    entry: "_Entry | None" = None
+
+
 class _Tensor(NamedTuple):
     key: str
     shape: tuple[int, ...]
-    parts: tuple[tuple[Row, int, int], ...]   # with the place of each along the axis marked "+"
+    at: tuple[int, ...]          # layer and expert
+    parts: tuple[_Part, ...]
 
 
 def _tensors(family, arch, names):
@@ -405,34 +647,43 @@ def _tensors(family, arch, names):
     for key, rows in groups.items():
         parts, stop = [], 0
         for row in rows:
-            shape = _shape(row, sizes)
-            start, stop = stop, stop + shape[_joint(row)]
-            parts.append((row, start, stop))
-        shape[_joint(rows[0])] = stop
-        keys = [key.format(i) for i in range(arch.num_layers)] if "{}" in key else [key]
-        out += [_Tensor(k, tuple(shape), tuple(parts)) for k in keys]
+            start, stop = stop, stop + _blocks(row, sizes)[_joint(row)]
+            parts.append(_Part(row, start, stop))
+        parts = tuple(part._replace(length=stop) for part in parts)
+        shape, blocks = [], iter(_blocks(rows[0], sizes, stop))
+        for axis in rows[0].axes.split():
+            shape.append(math.prod(next(blocks) for _ in axis.split(":")))
+        layers = range(arch.num_layers) if "{}" in key else [None]
+        experts = range(arch.num_experts) if "{e}" in key else [None]
+        out += [_Tensor(key.format(l, e=e), tuple(shape), tuple(i for i in (l, e) if i is not None), parts)
+                for l in layers for e in experts]
     return out
 
 
 def _sizes(a):
+    heads = a.num_kv_heads * a.head_dim
     return {"V": a.vocab_size, "D": a.embed_dim, "K": a.num_kv_heads, "G": a.groups, "H": a.head_dim, "F": a.mlp_dim,
-            "P": a.max_seq_len}
+            "P": a.max_seq_len, "E": a.num_experts, "M": a.expert_dim, "Q": heads * a.groups, "R": heads}
 
 
-def _shape(row, sizes):
-    return [math.prod(sizes[c] for c in axis.strip("+")) for axis in row.axes.split()]
+def _blocks(row, sizes, joint: int | None = None):
+    """Returns the sizes of a tensor's axes, those of "K:+H" apart; joint: of the axis marked "+", of all its rows."""
+    axes = re.split("[ :]", row.axes)
+    return [joint if joint is not None and axis.startswith("+") else math.prod(sizes[c] for c in axis.strip("+"))
+            for axis in axes]
 
 
 def _joint(row):
-    """Returns the axis along which rows of one tensor follow each other."""
-    return next((i for i, axis in enumerate(row.axes.split()) if axis.startswith("+")), 0)
+    """Returns the axis of `_blocks` along which rows of one tensor follow each other."""
+    return next((i for i, axis in enumerate(re.split("[ :]", row.axes)) if axis.startswith("+")), 0)
 
 
 def _view(part, sizes):
     """Returns a row's parameter as a view of the file."""
-    entry, row, start, stop = part
-    array = entry.read()[(slice(None),) * _joint(row) + (slice(start, stop),)]
-    letters = re.sub("[ +]", "", row.axes)
+    row = part.row
+    array = part.entry.read().reshape(_blocks(row, sizes, part.length))
+    array = array[(slice(None),) * _joint(row) + (slice(part.start, part.stop),)]
+    letters = re.sub("[ +:]", "", row.axes)
     return array.reshape([sizes[c] for c in letters]).transpose([letters.index(c) for c in row.letters])
 
 
@@ -545,16 +796,16 @@ def _write(path, tensors):
 
 # --- Weights out
 
-def save(folder, arch: Architecture, params, tokenizer, *, file_bytes: int = FILE_BYTES) -> str:
+def save(folder, arch: Architecture, params, tokenizer, *, family: str = "", file_bytes: int = FILE_BYTES) -> str:
     """Returns a line on the tokenizer; writes a folder that transformers opens, whole or not at all.
 
-    params: NumPy arrays, float32, bfloat16 or float16; stored as they are.
+    family: see `settings_of`. params: NumPy arrays, float32, bfloat16 or float16; stored as they are.
 
     Raises:
       UserError: no family can express the model; the folder exists; a parameter has another dtype.
     """
     folder = pathlib.Path(folder)
-    settings = settings_of(arch)
+    settings = settings_of(arch, family)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists already and is not empty; name another folder")
     names = tree.flatten(params)
@@ -583,14 +834,13 @@ def save(folder, arch: Architecture, params, tokenizer, *, file_bytes: int = FIL
 def _save_tensors(folder, family, arch, names, file_bytes):
     sizes, written, files = _sizes(arch), {row.name for row in family.rows}, [[]]
     assert written >= set(names), set(names) - written   # settings_of has seen to it
-    layers, room = {}, file_bytes
+    room = file_bytes
     for tensor in _tensors(family, arch, names):
-        first = tensor.parts[0][0]
-        layer = layers[first.key] = layers.get(first.key, -1) + 1
+        first = tensor.parts[0].row
 
-        def make(tensor=tensor, layer=layer):
-            return np.concatenate([_tensor(names[row.name], layer, row, sizes) for row, _, _ in tensor.parts],
-                                  axis=_joint(tensor.parts[0][0]))
+        def make(tensor=tensor, first=first):
+            parts = [_block(names[part.row.name][tensor.at], part.row, sizes) for part in tensor.parts]
+            return np.concatenate(parts, axis=_joint(first)).reshape(tensor.shape)
 
         dtype = np.dtype(names[first.name].dtype)
         room -= (size := math.prod(tensor.shape) * dtype.itemsize)
@@ -610,11 +860,10 @@ def _save_tensors(folder, family, arch, names, file_bytes):
     _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def _tensor(array, layer, row, sizes):
+def _block(array, row, sizes):
     """Returns the tensor, or part of one, that a row's parameter makes: the inverse of `_view`."""
-    array = array[layer] if "{}" in row.key else array
-    letters = re.sub("[ +]", "", row.axes)
-    return array.transpose([row.letters.index(c) for c in letters]).reshape(_shape(row, sizes))
+    letters = re.sub("[ +:]", "", row.axes)
+    return array.transpose([row.letters.index(c) for c in letters]).reshape(_blocks(row, sizes))
 
 
 # --- Tokenizers

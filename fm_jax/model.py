@@ -584,10 +584,12 @@ class Block(nn.Module):
         length = "between" if self.layout and x_BTD.shape[1] % self.layout.parts("between") == 0 else "length"
         dealt = lambda x: ring.deal(x, ("batch", "length", "embed"), self.layout) if _cut(self.layout) else x
 
-        def sublayer(x, name, f, key):
-            before = a.norm_position in ("pre", "sandwich")
+        def sublayer(x, name, f, key, other=None):
+            """Returns (x and what f makes of it, or of `other`; what it makes)."""
+            before, read = a.norm_position in ("pre", "sandwich"), x if other is None else other
             # Placed at once, or what is kept of them for the backward pass is whole on each device of `tensor`.
-            entering = _placed(Norm(a, name=f"{name}_norm")(x), self.layout, "batch", length, "embed") if before else x
+            entering = Norm(a, name=f"{name}_norm")(read) if before else read
+            entering = _placed(entering, self.layout, "batch", length, "embed")
             y = _kept(f(entering), self.layout, "batch", length, "embed")
             if a.norm_position in ("sandwich", "output"):
                 y = Norm(a, name=f"{name}_out_norm")(y)
@@ -615,7 +617,8 @@ class Block(nn.Module):
         x, attended = sublayer(x_BTD, "attention", attend, keys[0])
         if a.cross_attention:
             x, _ = sublayer(x, "cross", cross, keys[1])
-        x, added = sublayer(x, "mlp", mix if a.num_experts else Mlp(a, self.layout, name="mlp"), keys[2])
+        x, added = sublayer(x, "mlp", mix if a.num_experts else Mlp(a, self.layout, name="mlp"), keys[2],
+                            x_BTD if a.parallel_residual else None)
         return x, cache, {"residual": x, "attention": attended, "mlp": added, "k": made[0], "v": made[1],
                           "router": routing}
 
@@ -728,10 +731,7 @@ class Transformer(nn.Module):
             first += n
         if cache is not None:
             cache = Cache(*zip(*made), cache.length_B + (T if cache.count_B is None else cache.count_B))
-        # A router is in some stacks alone.
-        taps = {name: jax.tree.map(lambda *t: jnp.concatenate(t) if len(t) > 1 else t[0], *(
-            tap[name] for tap in taps if tap[name] is not None)) if any(
-                tap[name] is not None for tap in taps) else None for name in capture}
+        taps = {name: _joined([tap[name] for tap in taps if tap[name] is not None]) for name in capture}
         if cut:
             x = ring.collect(x, ("batch", "length", "embed"), self.layout)
             width = lambda name: ("kv_heads", "head") if name in ("k", "v") else ("embed",)
@@ -815,6 +815,11 @@ def _tree_mask(positions_BT, last_BT, trunk, window):
         places, first = jnp.concatenate([before, places], 1), jnp.concatenate([jnp.zeros_like(before), first], 1)
         last = jnp.concatenate([trunk.last_BS, last], axis=1)
     return kernels.Mask(False, window, q_index_BT=positions_BT, k_index_BS=places, k_first_BS=first, k_last_BS=last)
+
+
+def _joined(taps):
+    """Returns one of the stacks' taps along their layers; None of none: dense layers have no router."""
+    return jax.tree.map(lambda *t: jnp.concatenate(t), *taps) if len(taps) > 1 else taps[0] if taps else None
 
 
 def _through_layers(apply, x, layers, keys, trunk, a: Architecture):

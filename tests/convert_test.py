@@ -89,7 +89,7 @@ def test_what_transformers_lacks_is_refused_before_anything_is_read(tiny_run, in
     run.mkdir()
     shutil.copytree(tiny_run[0] / "tokenizer", run / "tokenizer")
     config = json.loads((tiny_run[0] / "config.json").read_text())
-    config["model"]["qk_norm"] = "head"
+    config["model"]["embed_scale"] = 4.0
     (run / "config.json").write_text(json.dumps(config))   # and no checkpoint
     code, _, err = inline("convert", f"--workdir={run}", f"--to_hf={tmp_path / 'x'}")
-    assert code == 2 and "llama comes nearest, without qk_norm='head'" in err and not (tmp_path / "x").exists()
+    assert code == 2 and "llama comes nearest, without embed_scale=4.0" in err and not (tmp_path / "x").exists()

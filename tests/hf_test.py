@@ -379,11 +379,11 @@ def test_several_files_hold_the_same(folder, tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"qk_norm": "head"}, "llama comes nearest, without qk_norm='head'"),
+    ({"qk_norm": "head", "mlp_bias": True}, "llama comes nearest, without qk_norm='head'"),
     ({"causal": False}, "without causal=False"),
     ({"logit_softcap": 30.0}, "without logit_softcap=30.0"),
-    ({"qkv_bias": True}, "without qkv_bias=True"),
-    ({"layer_pattern": ("local", "global"), "window": 4}, r"without layer_pattern=\('local', 'global'\), window=4"),
+    ({"qkv_bias": True, "mlp_bias": True}, "without qkv_bias=True"),
+    ({"layer_pattern": ("local", "global"), "window": 4, "mlp_bias": True}, "without layer_pattern=.*, window=4"),
     ({"norm": "layernorm"}, "without norm='layernorm'"),
     ({"embed_dim": 25, "head_dim": 8, "mlp_bias": True}, "without embed_dim=25 that num_heads=6 does not divide"),
     ({"position": "none"}, "without position='none'"),
@@ -391,9 +391,19 @@ def test_several_files_hold_the_same(folder, tmp_path):
 ])
 def test_what_no_family_can_express_is_named(changes, message):
     small = dict(vocab_size=300, num_layers=2, embed_dim=24, num_heads=6)
-    assert hf.settings_of(Architecture(**small))["model_type"] == "llama"
     with pytest.raises(UserError, match=message):
         hf.settings_of(Architecture(**small | changes))
+
+
+@pytest.mark.parametrize("changes, family", [
+    ({}, "llama"), ({"layer_pattern": ("local",), "window": 4}, "mistral"), ({"qkv_bias": True}, "qwen2"),
+    ({"layer_pattern": ("local", "global"), "window": 4, "qk_norm": "head"}, "qwen3"),
+    ({"num_experts": 4}, "mixtral"), ({"num_experts": 4, "qk_norm": "head"}, "qwen3_moe")])
+def test_a_model_is_exported_as_the_first_family_that_can_express_it(changes, family):
+    arch = Architecture(**dict(vocab_size=300, num_layers=2, embed_dim=24, num_heads=6) | changes)
+    assert hf.settings_of(arch)["model_type"] == family
+    with pytest.raises(UserError, match="hf_family: unknown 'lama'; did you mean 'llama'"):
+        hf.settings_of(arch, "lama")
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(folder):
@@ -482,6 +492,36 @@ def test_a_sentencepiece_model_that_normalises_stays_one(tmp_path):
     params = jax.tree.map(lambda p: np.zeros(p.shape, np.float32), abstract_params(ARCH))
     note = hf.save(tmp_path / "out", ARCH, params, tokenizers.load(tmp_path / "tokenizer.model"))
     assert "tokenizer.model alone" in note and not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+# --- What transformers computed with models of its own: `tests/peers/make_hf_models.py` ------------------------------
+
+MODELS = pathlib.Path(__file__).parent / "hf_models"
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in MODELS.iterdir()))
+def test_a_family_is_what_transformers_computes(name, tmp_path):
+    """The same hidden states and logits; and exported, the same settings and the same bytes under the same keys."""
+    shutil.copytree(MODELS / name, tmp_path / "there")
+    words = hf_tokenizers.models.WordLevel({f"w{i}": i for i in range(41)}, unk_token="w0")
+    hf_tokenizers.Tokenizer(words).save(str(tmp_path / "there" / "tokenizer.json"))
+    expected, lm = np.load(tmp_path / "there" / "expected.npz"), fm_jax.load(tmp_path / "there")
+    assert np.abs(expected["logits"]).max() > 3
+    np.testing.assert_allclose(lm.hidden(expected["tokens"]), expected["hidden"], atol=2e-4)
+    np.testing.assert_allclose(lm.logits(expected["tokens"]), expected["logits"], atol=2e-4)
+    hf.save(tmp_path / "back", lm.objective.arch, jax.tree.map(np.asarray, lm.params), lm.tokenizer,
+            family=lm.config.hf_family)
+    assert read_safetensors(tmp_path / "back" / "model.safetensors") == read_safetensors(
+        tmp_path / "there" / "model.safetensors")
+    there, back = (json.loads((tmp_path / side / "config.json").read_text()) for side in ("there", "back"))
+    assert hf.architecture(back, "back") == lm.objective.arch
+    assert (back["model_type"], back["architectures"]) == (there["model_type"], there["architectures"])
+
+
+def test_every_family_is_among_them():
+    """But those that a model of the list brings with it."""
+    kinds = {json.loads((p / "config.json").read_text())["model_type"] for p in MODELS.iterdir()}
+    assert kinds == set(hf.FAMILIES)
 
 
 # --- transformers itself --------------------------------------------------------------------------------------------

@@ -135,19 +135,21 @@ def stack(a, p, xs, segments=None, positions=None, prefix=None, context=None, co
         def cross_sees(t, s):
             return context_segments is None or context_segments[s] == (1 if segments is None else segments[t])
 
-        def sublayer(xs, name, f):
+        def sublayer(xs, name, f, read=None):
             n = layer.get(f"{name}_norm")
-            ys = f([norm(a, n, x) for x in xs] if a.norm_position in ("pre", "sandwich") else xs)
+            read = xs if read is None else read
+            ys = f([norm(a, n, x) for x in read] if a.norm_position in ("pre", "sandwich") else read)
             if a.norm_position in ("sandwich", "output"):
                 ys = [norm(a, layer[f"{name}_out_norm"], y) for y in ys]
             ys = [x + y for x, y in zip(xs, ys)]
             return [norm(a, n, y) for y in ys] if a.norm_position == "post" else ys
 
+        entered = xs
         xs = sublayer(xs, "attention", lambda v: attention(a, layer["attention"], v, v, sees, positions, local, False))
         if a.cross_attention:
             xs = sublayer(xs, "cross", lambda v: attention(a, layer["cross"], v, context, cross_sees, None, local, True))
         mix = lambda v: moe(a, layer["moe"], v, segments) if "moe" in layer else [mlp(a, layer["mlp"], x) for x in v]
-        xs = sublayer(xs, "mlp", mix)
+        xs = sublayer(xs, "mlp", mix, entered if a.parallel_residual else None)
     return [norm(a, p["final_norm"], x) for x in xs] if a.final_norm else xs
 
 

@@ -1,0 +1,85 @@
+"""Writes `tests/hf_models/`: tiny random models of transformers' families, and what transformers computes with them.
+
+Of each: config.json and model.safetensors as transformers writes them, and expected.npz: `tokens` [2, 23], and of them
+`hidden` [2, 23, D] (after the last norm) and `logits` [2, 23, V]. Sizes are odd in some way: kv heads are not heads,
+head sizes not the width over the heads, windows shorter than the input. Weights are drawn in bfloat16 and stored in
+float32: half of their bytes compress away. Run it with a Python that has torch 2.13.0 and transformers 5.23.0; the test
+that reads them, in `tests/hf_test.py`, needs neither.
+
+Try:  .venv-lm-eval-hf/bin/python tests/peers/make_hf_models.py            # all; or the names of some
+"""
+
+import json
+from pathlib import Path
+import sys
+import tempfile
+
+import numpy as np
+import torch
+import transformers
+
+FOLDER = Path(__file__).resolve().parent.parent / "hf_models"
+VOCAB, LENGTH = 41, 23
+SIZES = dict(vocab_size=VOCAB, hidden_size=20, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=48,
+             bos_token_id=None, eos_token_id=None, pad_token_id=None)
+KV = dict(num_key_value_heads=2, intermediate_size=28)
+HEADS = dict(KV, head_dim=6)
+NEOX = dict(SIZES, hidden_size=24, intermediate_size=28, rotary_pct=0.34)
+LLAMA3 = dict(rope_type="llama3", rope_theta=5000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)
+DECODERS = {
+    "gpt2": ("GPT2", dict(vocab_size=VOCAB, n_embd=20, n_layer=2, n_head=4, n_positions=48, bos_token_id=None,
+                          eos_token_id=None)),
+    "llama": ("Llama", dict(SIZES, **HEADS, attention_bias=True, mlp_bias=True)),
+    "llama3": ("Llama", dict(SIZES, **HEADS, rope_parameters=LLAMA3, tie_word_embeddings=True)),
+    "mistral": ("Mistral", dict(SIZES, **HEADS, sliding_window=5)),
+    "mixtral": ("Mixtral", dict(SIZES, **HEADS, num_local_experts=5, num_experts_per_tok=2)),
+    "qwen2": ("Qwen2", dict(SIZES, **KV, hidden_size=24)),
+    "qwen2_window": ("Qwen2", dict(SIZES, **KV, num_hidden_layers=3, use_sliding_window=True, sliding_window=5,
+                                   max_window_layers=2) | {"hidden_size": 24}),
+    "qwen3": ("Qwen3", dict(SIZES, **HEADS, tie_word_embeddings=True)),
+    "qwen3_moe": ("Qwen3Moe", dict(SIZES, **KV, head_dim=8, num_experts=5, num_experts_per_tok=2,
+                                   moe_intermediate_size=16, norm_topk_prob=True) | {"hidden_size": 32}),
+    "gemma2": ("Gemma2", dict(SIZES, **HEADS, sliding_window=5, query_pre_attn_scalar=12, num_hidden_layers=3)),
+    "gemma3": ("Gemma3Text", dict(SIZES, **HEADS, sliding_window=5, query_pre_attn_scalar=12, sliding_window_pattern=3,
+                                  num_hidden_layers=4)),
+    "phi3": ("Phi3", dict(SIZES, **KV, sliding_window=5) | {"hidden_size": 24}),
+    "olmo2": ("Olmo2", dict(SIZES, **KV) | {"hidden_size": 24}),
+    "gpt_neox": ("GPTNeoX", NEOX),
+    "gpt_neox_sequential": ("GPTNeoX", dict(NEOX, use_parallel_residual=False, tie_word_embeddings=True)),
+}
+
+
+def draw(model):
+    """Gives every parameter random values, norms around 1 (around 0 where a family stores them less 1)."""
+    centre = 0.0 if "Gemma" in type(model).__name__ else 1.0
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            around = centre if "norm" in name and name.endswith("weight") or "ln_" in name else 0.0
+            p.copy_((torch.randn_like(p) * 0.3 + around).bfloat16().float())
+
+
+def make(name):
+    kind, settings = DECODERS[name]
+    torch.manual_seed(sorted(DECODERS).index(name))
+    config = getattr(transformers, kind + "Config")(**settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    draw(model)
+    tokens = torch.randint(0, VOCAB, (2, LENGTH))
+    with torch.no_grad():
+        out = model(tokens, output_hidden_states=True)
+    folder = FOLDER / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as made:
+        model.save_pretrained(made)
+        settings = json.loads(Path(made, "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+        (folder / "model.safetensors").write_bytes(Path(made, "model.safetensors").read_bytes())
+    np.savez_compressed(folder / "expected.npz", tokens=tokens.numpy().astype(np.int32),
+                        hidden=out.hidden_states[-1].numpy(), logits=out.logits.numpy())
+    print(name, sum(f.stat().st_size for f in folder.iterdir()))
+
+
+if __name__ == "__main__":
+    for each in sys.argv[1:] or DECODERS:
+        make(each)
