@@ -42,8 +42,8 @@ FILE_BYTES = 5_000_000_000    # of an exported file at most, but for a larger te
 class Row(NamedTuple):
     """A parameter of ours in a tensor of the family.
 
-    Letters: those of model.py, and P positions, M hidden channels of an expert, Q and R those of all heads and kv heads.
-    Letters that share an axis of the tensor are merged there, the first outermost. "+" marks the axis along which the
+    Letters: those of model.py, and P positions, M hidden channels of an expert, Q and R channels of all heads and of all
+    kv heads. Letters that share an axis of the tensor are merged there, the first outermost. "+" marks the axis along which the
     rows that share a tensor follow each other; "K:+H" that they do so for each K in turn.
     """
 
@@ -122,7 +122,7 @@ def _llama(*, norms=_LLAMA_NORMS, qk_norm="", merged=False, mlp=None) -> tuple[R
              for one, letter in zip("qk", qk_norm)]
     rows += [Row(f"{_LAYER}{key}.weight", "D", f"{_OURS}{name}.scale", "D") for key, name in norms.items()]
     if merged:
-        rows += [Row(_LAYER + "mlp.gate_up_proj.weight", "+F D", f"{_OURS}mlp.{name}", "DF") for name in ("w_gate", "w_up")]
+        rows += [Row(_LAYER + "mlp.gate_up_proj.weight", "+F D", f"{_OURS}mlp.w_{one}", "DF") for one in ("gate", "up")]
         rows.append(Row(_LAYER + "mlp.down_proj.weight", "D F", _OURS + "mlp.w_down", "FD"))
     else:
         rows += mlp or _gated_mlp()
@@ -203,6 +203,7 @@ def _whole(number):
     return round(number) if abs(number - round(number)) < 1e-6 else number
 
 
+_ATTENTION_BIAS = ("attention_bias", "qkv_bias", False), ("attention_bias", "attention_out_bias", False)
 _EXPERTS = ("router_aux_loss_coef", "output_router_logits")   # of training
 _QWEN_WINDOWS = dict(switch=True, by_layer=True, keys=("max_window_layers",))
 _GEMMA_FIXED = _LLAMA_FIXED | dict(norm_position="sandwich", norm_zero_centered=True)
@@ -242,26 +243,22 @@ FAMILIES = {
         buffers=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"),
     "llama": Family(
         "LlamaForCausalLM", "model.", _llama(), _LLAMA_FIXED,
-        settings=(*_LLAMA_SETTINGS, ("attention_bias", "qkv_bias", False),
-                  ("attention_bias", "attention_out_bias", False), ("mlp_bias", "mlp_bias", False)),
+        settings=_settings(*_ATTENTION_BIAS, ("mlp_bias", "mlp_bias", False)),
         only={"rope_interleaved": False},
         # pretraining_tp cuts the same products into parts; is_llama_config marks a conversion (SmolLM2).
         harmless=("attention_dropout", "pretraining_tp", "is_llama_config"), buffers=_LLAMA_BUFFERS),
     "mistral": Family(
         "MistralForCausalLM", "model.", _llama(), _LLAMA_FIXED,
-        settings=tuple((key, field, {"intermediate_size": 14336, "num_key_value_heads": 8,
-                                     "max_position_embeddings": 4096 * 32}.get(key, default))
-                       for key, field, default in _LLAMA_SETTINGS),
+        settings=_settings(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=4096 * 32),
         harmless=("attention_dropout",), windows=Windows(lambda s, i: True), buffers=_LLAMA_BUFFERS),
     "qwen2": Family(
         "Qwen2ForCausalLM", "model.", _llama(), _LLAMA_FIXED | dict(qkv_bias=True),
         _settings(vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, max_position_embeddings=32768),
-        harmless=("attention_dropout",), buffers=_LLAMA_BUFFERS,
+        only={"use_mrope": False}, harmless=("attention_dropout",), buffers=_LLAMA_BUFFERS,
         windows=Windows(lambda s, i: i >= s.get("max_window_layers", 28), **_QWEN_WINDOWS)),
     "qwen3": Family(
         "Qwen3ForCausalLM", "model.", _llama(qk_norm="HH"), _LLAMA_FIXED | dict(qk_norm="head"),
-        _settings(("attention_bias", "qkv_bias", False), ("attention_bias", "attention_out_bias", False),
-                  vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, head_dim=128,
+        _settings(*_ATTENTION_BIAS, vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, head_dim=128,
                   max_position_embeddings=32768),
         harmless=("attention_dropout",), buffers=_LLAMA_BUFFERS,
         windows=Windows(lambda s, i: i >= s.get("max_window_layers", 28), **_QWEN_WINDOWS)),
@@ -299,8 +296,8 @@ FAMILIES = {
         "Gemma3ForCausalLM", "model.", _llama(norms=_SANDWICH_NORMS, qk_norm="HH"), _GEMMA_FIXED | dict(qk_norm="head"),
         _gemma_settings(None, None, vocab_size=262208, max_position_embeddings=131072),
         only={"attention_bias": False, "use_bidirectional_attention": False, "cache_implementation": "hybrid"},
-        harmless=("attention_dropout", "_sliding_window_pattern"), buffers=_LLAMA_BUFFERS, rope_theta=("rope_theta", 1e6),
-        rope_local_theta="rope_local_base_freq",
+        harmless=("attention_dropout", "_sliding_window_pattern"), buffers=_LLAMA_BUFFERS,
+        rope_theta=("rope_theta", 1e6), rope_local_theta="rope_local_base_freq",
         windows=Windows(lambda s, i: (i + 1) % (s.get("sliding_window_pattern") or 6) > 0, by_layer=True,
                         keys=("sliding_window_pattern",))),
     "phi3": Family(
@@ -315,8 +312,7 @@ FAMILIES = {
     "olmo2": Family(
         "Olmo2ForCausalLM", "model.", _llama(norms=_OUTPUT_NORMS, qk_norm="QR"),
         _LLAMA_FIXED | dict(norm_position="output", qk_norm="full"),
-        tuple(s for s in _settings(("attention_bias", "qkv_bias", False), ("attention_bias", "attention_out_bias", False),
-                                   vocab_size=50304, rms_norm_eps=1e-5) if s[0] != "head_dim"),
+        tuple(s for s in _settings(*_ATTENTION_BIAS, vocab_size=50304, rms_norm_eps=1e-5) if s[0] != "head_dim"),
         harmless=("attention_dropout",), buffers=_LLAMA_BUFFERS),
     "gpt_neox": Family(
         "GPTNeoXForCausalLM", "gpt_neox.", _NEOX_ROWS,

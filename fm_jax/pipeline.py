@@ -73,8 +73,8 @@ def schedule(a, layout: Layout | None) -> Schedule | None:
     if (a.num_layers - a.num_dense_layers) % (groups * period):
         of = f" of whole periods of {period} layers (model.layer_pattern)" if period > 1 else ""
         dense = f" without the first {a.num_dense_layers} (model.num_dense_layers)" if a.num_dense_layers else ""
-        raise UserError(f"model.num_layers={a.num_layers}{dense} does not make mesh.stage={stages} x model.pipeline_repeats="
-                        f"{a.pipeline_repeats} equal groups{of}; change one of them, or take a multiple of "
+        raise UserError(f"model.num_layers={a.num_layers}{dense} does not make mesh.stage={stages} x "
+                        f"model.pipeline_repeats={a.pipeline_repeats} equal groups{of}; change one of them, or take a multiple of "
                         f"{groups * period} layers")
     microbatches = a.pipeline_microbatches or stages
     if microbatches % stages:
