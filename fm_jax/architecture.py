@@ -89,6 +89,11 @@ class Architecture:
     attention_softcap: float = 0.0      # cap * tanh(score / cap); 0: off
     logit_softcap: float = 0.0
 
+    position_offset: int = 0            # row of the learned positions' table for the first place (RoBERTa: 2)
+    num_token_types: int = 0            # rows of a table added to the embeddings: which of two texts a token is of (BERT)
+    embed_norm: bool = False            # of the embeddings' sum (BERT)
+    head_transform: bool = False        # before the logits a projection, the activation and a norm; logits have a bias
+
     tie_embeddings: bool = True
     embed_scale: float = 1.0            # token embeddings are multiplied by it (Gemma: sqrt(embed_dim))
     dropout: float = 0.0                # of embeddings, attention output and mlp output, in training
@@ -113,7 +118,8 @@ class Architecture:
             _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         for name in ("num_kv_heads", "head_dim", "mlp_dim", "window", "rope_local_theta", "attention_scale",
                      "attention_softcap", "logit_softcap", "pipeline_microbatches", "num_experts", "expert_dim",
-                     "num_shared_experts", "capacity_factor", "num_dense_layers"):
+                     "num_shared_experts", "capacity_factor", "num_dense_layers",
+                     "position_offset", "num_token_types"):
             _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "must be 0 or more")
         if not self.num_kv_heads:
             set_("num_kv_heads", self.num_heads)
@@ -220,7 +226,9 @@ class Architecture:
         layer = attention * (sublayers - 1)
         layer += norm * sublayers * (2 if self.norm_position == "sandwich" else 1)
         tables = self.vocab_size * D * (1 if self.tie_embeddings else 2)
-        tables += self.max_seq_len * D if self.position == "learned" else 0
+        tables += (self.max_seq_len + self.position_offset) * D if self.position == "learned" else 0
+        tables += self.num_token_types * D + norm * self.embed_norm
+        tables += (D * D + D + norm + self.vocab_size) * self.head_transform
         return self.num_layers * layer + mlps + norm * self.final_norm + tables
 
     def matmul_param_count(self) -> int:
@@ -233,7 +241,8 @@ class Architecture:
             sparse = self.num_layers - self.num_dense_layers
             mlps = self.num_dense_layers * mlp + sparse * self._expert_params(self.experts_per_token)
         attentions = self.num_layers * (2 if self.cross_attention else 1)
-        return attentions * attention + mlps + self.vocab_size * self.embed_dim   # the head, tied or not
+        head = self.embed_dim * (self.vocab_size + self.embed_dim * self.head_transform)   # tied or not
+        return attentions * attention + mlps + head
 
     def _expert_params(self, experts: int) -> int:
         """Returns the parameters of a router's matrix, so many experts and the shared ones."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from fm_jax import kernels
 from fm_jax.architecture import Architecture
-from fm_jax.model import dropout, normal, param
+from fm_jax.model import ACTIVATIONS, Norm, dropout, fan_in, normal, param, zeros
 from fm_jax.sharding import Layout
 
 
@@ -37,17 +37,35 @@ class TokenEmbed(nn.Module):
         self.head = self.tokens if a.tie_embeddings else table("head")
         if a.position == "learned":
             self.positions = param(self, "positions", normal(0.02), a.param_dtype,
-                                   position=a.max_seq_len, embed=a.embed_dim)
+                                   position=a.max_seq_len + a.position_offset, embed=a.embed_dim)
+        if a.num_token_types:
+            self.types = param(self, "types", normal(0.02), a.param_dtype,
+                               position=a.num_token_types, embed=a.embed_dim)
+        if a.embed_norm:
+            self.norm = Norm(a)
+        self.bias = None
+        if a.head_transform:
+            self.transform = param(self, "transform", fan_in(a.embed_dim), a.param_dtype, embed=a.embed_dim,
+                                   norm=a.embed_dim)
+            self.transform_bias = param(self, "transform_bias", zeros, a.param_dtype, norm=a.embed_dim)
+            self.transform_norm = Norm(a)
+            self.bias = param(self, "head_bias", zeros, a.param_dtype, vocab=a.vocab_size)
 
-    def __call__(self, tokens_BT, positions_BT, key=None):
-        """Returns x [B, T, D] in the compute dtype. Ids and positions outside their tables are the caller's error."""
+    def __call__(self, tokens_BT, positions_BT, key=None, types_BT=None):
+        """Returns x [B, T, D] in the compute dtype. Ids and positions outside their tables are the caller's error.
+
+        types_BT: rows of the table of token types; default the first.
+        """
         a = self.arch
         rows = self._gatherable(self.tokens)[tokens_BT].astype(a.dtype) * jnp.asarray(a.embed_scale, a.dtype)
         if a.position == "learned":
-            rows += self._gatherable(self.positions, "position")[positions_BT].astype(a.dtype)
+            rows += self._gatherable(self.positions, "position")[positions_BT + a.position_offset].astype(a.dtype)
         elif a.position == "sinusoidal":
             rows += sinusoidal_positions(positions_BT, a.embed_dim).astype(a.dtype)
-        x = dropout(rows, a.dropout, key)
+        if a.num_token_types:
+            types = self._gatherable(self.types, "position").astype(a.dtype)
+            rows += types[0] if types_BT is None else types[types_BT]
+        x = dropout(self.norm(rows) if a.embed_norm else rows, a.dropout, key)
         return self.layout.constrain(x, "batch", "length", "embed") if self.layout else x
 
     def _gatherable(self, table, axis="vocab"):
@@ -57,7 +75,13 @@ class TokenEmbed(nn.Module):
 
     def logits(self, x_BTD):
         """Returns float32 logits [B, T, V]."""
-        return kernels.logits(x_BTD, self.head, softcap=self.arch.logit_softcap)
+        return kernels.logits(self._transformed(x_BTD), self.head, self.bias, softcap=self.arch.logit_softcap)
+
+    def _transformed(self, x_BTD):
+        if not self.arch.head_transform:
+            return x_BTD
+        y = kernels.linear(x_BTD, self.transform) + self.transform_bias.astype(x_BTD.dtype)
+        return self.transform_norm(ACTIVATIONS[self.arch.activation](y))
 
     def loss_sum(self, x_BTD, labels_BT, weights_BT, z_loss: float):
         """Returns (sum of weight * (nll + z_loss lse^2), (nll, lse, correct) [B, T] without gradient).
@@ -69,10 +93,10 @@ class TokenEmbed(nn.Module):
         # Where sequences are cut, the pieces that a device has are rows of their own, and stay on it.
         apart = lambda x: x.reshape(B, n, T // n, *x.shape[2:]).swapaxes(0, 1).reshape(n * B, T // n, *x.shape[2:])
         together = lambda x: x.reshape(n, B, T // n).swapaxes(0, 1).reshape(B, T)
-        rows = [x_BTD, labels_BT, weights_BT]
+        rows = [self._transformed(x_BTD), labels_BT, weights_BT]
         if n > 1:
             rows = [layout.constrain(apart(x), "pieces", *(None,) * (x.ndim - 1)) for x in rows]
         total, tokens = kernels.cross_entropy_sum(
-            rows[0], self.head, rows[1], rows[2], z_loss=z_loss, softcap=a.logit_softcap,
+            rows[0], self.head, rows[1], rows[2], self.bias, z_loss=z_loss, softcap=a.logit_softcap,
             chunk_length=max(1, a.loss_chunk_tokens * parts // (n * B)))
         return total, tuple(map(together, tokens)) if n > 1 else tokens

@@ -42,9 +42,10 @@ FILE_BYTES = 5_000_000_000    # of an exported file at most, but for a larger te
 class Row(NamedTuple):
     """A parameter of ours in a tensor of the family.
 
-    Letters: those of model.py, and P positions, M hidden channels of an expert, Q and R channels of all heads and of all
-    kv heads. Letters that share an axis of the tensor are merged there, the first outermost. "+" marks the axis along which the
-    rows that share a tensor follow each other; "K:+H" that they do so for each K in turn.
+    Letters: those of model.py, and P positions, Y token types, U the width once more, M hidden channels of an expert,
+    Q and R channels of all heads and of all kv heads. Letters that share an axis of the tensor are merged there, the
+    first outermost. "+" marks the axis along which the rows that share a tensor follow each other; "K:+H" that they do
+    so for each K in turn.
     """
 
     key: str       # of the tensor; {}: the layer, {e}: the expert
@@ -68,7 +69,8 @@ class Family(NamedTuple):
     rope_theta: tuple[str, float] = ("rope_theta", 10000.0)   # key of config.json, and its default
     rope_frac: tuple[str, float] = ("", 1.0)                  # the same of rope_frac; "": all channels are rotated
     rope_local_theta: str = ""         # key of config.json: theta of local layers
-    buffers: str = "(?!)"              # pattern of tensors that are no parameters
+    buffers: str = "(?!)"              # pattern of tensors that are no parameters, or another head's
+    objective: str = "fm_jax.objectives.causal_lm.CausalLM"
 
 
 class Windows(NamedTuple):
@@ -182,6 +184,49 @@ _GPT2_ROWS = (
     Row("lm_head.weight", "V D", "embed.head", "VD"),
 )
 
+
+def _encoder(prefix, layer, *, attention, attention_out, attention_norm, mlp, mlp_norm, head, types=True):
+    """Returns the rows of an encoder as BERT's: norms behind the sublayers, a projection and a norm before the logits.
+
+    layer: of the keys, {} the number; the others are keys below it: of queries, keys and values, of their output and
+    its norm, of the mlp's two projections and its norm. head: keys of the projection, the norm, the biases, the table.
+    """
+    at = lambda key: layer + key
+    rows = [Row(prefix + "embeddings.word_embeddings.weight", "V D", "embed.tokens", "VD"),
+            Row(prefix + "embeddings.position_embeddings.weight", "P D", "embed.positions", "PD")]
+    if types:
+        rows.append(Row(prefix + "embeddings.token_type_embeddings.weight", "Y D", "embed.types", "YD"))
+    rows += _weight_and_bias(prefix + "embeddings.LayerNorm", "D", "embed.norm.scale", "D")
+    for one, q, key in zip("qkv", ("KGH", "KH", "KH"), attention):
+        rows += _weight_and_bias(at(key), f"{q} D", f"{_OURS}attention.w{one}", f"D{q}",
+                                 (q, f"{_OURS}attention.{one}_bias", q))
+    rows += [*_weight_and_bias(at(attention_out), "D KGH", _OURS + "attention.wo", "KGHD",
+                               ("D", _OURS + "attention.o_bias", "D")),
+             *_weight_and_bias(at(attention_norm), "D", _OURS + "attention_norm.scale", "D"),
+             *_weight_and_bias(at(mlp[0]), "F D", _OURS + "mlp.w_up", "DF", ("F", _OURS + "mlp.up_bias", "F")),
+             *_weight_and_bias(at(mlp[1]), "D F", _OURS + "mlp.w_down", "FD", ("D", _OURS + "mlp.down_bias", "D")),
+             *_weight_and_bias(at(mlp_norm), "D", _OURS + "mlp_norm.scale", "D")]
+    transform, norm, bias, table = head
+    return (*rows, *_weight_and_bias(transform, "U D", "embed.transform", "DU", ("U", "embed.transform_bias", "U")),
+            *_weight_and_bias(norm, "D", "embed.transform_norm.scale", "D"),
+            Row(bias, "V", "embed.head_bias", "V"), Row(table, "V D", "embed.head", "VD"))
+
+
+_BERT_FIXED = dict(causal=False, norm="layernorm", norm_bias=True, norm_position="post", final_norm=False,
+                   gated_mlp=False, qkv_bias=True, attention_out_bias=True, mlp_bias=True, position="learned",
+                   embed_norm=True, head_transform=True, tie_embeddings=True)
+_BERT_LAYER = dict(attention=[f"attention.self.{one}" for one in ("query", "key", "value")],
+                   attention_out="attention.output.dense", attention_norm="attention.output.LayerNorm",
+                   mlp=("intermediate.dense", "output.dense"), mlp_norm="output.LayerNorm")
+_BERT_SETTINGS = (
+    ("vocab_size", "vocab_size", 30522), ("hidden_size", "embed_dim", 768), ("num_hidden_layers", "num_layers", 12),
+    ("num_attention_heads", "num_heads", 12), ("intermediate_size", "mlp_dim", 3072),
+    ("hidden_act", "activation", "gelu"), ("type_vocab_size", "num_token_types", 2), ("layer_norm_eps", "norm_eps", 1e-12))
+# Untied, transformers takes another bias of the logits too.
+_BERT = dict(only={"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False,
+                   "tie_word_embeddings": True},
+             harmless=("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
+             objective="fm_jax.objectives.masked_lm.MaskedLM")
 _LLAMA_SETTINGS = (   # the defaults are those of transformers' LlamaConfig
     ("vocab_size", "vocab_size", 32000), ("hidden_size", "embed_dim", 4096), ("intermediate_size", "mlp_dim", 11008),
     ("num_hidden_layers", "num_layers", 32), ("num_attention_heads", "num_heads", 32),
@@ -326,6 +371,35 @@ FAMILIES = {
         harmless=("attention_dropout", "hidden_dropout", "classifier_dropout", "is_decoder"),
         rope_theta=("rotary_emb_base", 10000.0), rope_frac=("rotary_pct", 0.25),
         buffers=r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"),
+    "bert": Family(
+        "BertForMaskedLM", "bert.",
+        _encoder("bert.", "bert.encoder.layer.{}.", **_BERT_LAYER, head=(
+            "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias",
+            "cls.predictions.decoder.weight")),
+        _BERT_FIXED, (*_BERT_SETTINGS, ("max_position_embeddings", "max_seq_len", 512)), **_BERT,
+        # A bias stored twice; the pooler and the next sentence's head, which are no part of the masked language model.
+        buffers=r"cls\.predictions\.decoder\.bias|bert\.embeddings\.position_ids|bert\.pooler\..*|"
+                r"cls\.seq_relationship\..*"),
+    "roberta": Family(
+        "RobertaForMaskedLM", "roberta.",
+        _encoder("roberta.", "roberta.encoder.layer.{}.", **_BERT_LAYER, head=(
+            "lm_head.dense", "lm_head.layer_norm", "lm_head.bias", "lm_head.decoder.weight")),
+        _BERT_FIXED | dict(position_offset=2),   # behind the padding token's, which has id 1
+        (*_BERT_SETTINGS,
+         ("max_position_embeddings", "max_seq_len", 512, lambda v: v - 2, lambda a: a.max_seq_len + 2)), **_BERT, buffers=r"lm_head\.decoder\.bias|roberta\.embeddings\.position_ids|roberta\.pooler\..*"),
+    "distilbert": Family(
+        "DistilBertForMaskedLM", "distilbert.",
+        _encoder("distilbert.", "distilbert.transformer.layer.{}.", types=False,
+                 attention=[f"attention.{one}_lin" for one in "qkv"], attention_out="attention.out_lin",
+                 attention_norm="sa_layer_norm", mlp=("ffn.lin1", "ffn.lin2"), mlp_norm="output_layer_norm",
+                 head=("vocab_transform", "vocab_layer_norm", "vocab_projector.bias", "vocab_projector.weight")),
+        _BERT_FIXED | dict(norm_eps=1e-12),
+        (("vocab_size", "vocab_size", 30522), ("dim", "embed_dim", 768), ("n_layers", "num_layers", 6),
+         ("n_heads", "num_heads", 12), ("hidden_dim", "mlp_dim", 3072), ("activation", "activation", "gelu"),
+         ("max_position_embeddings", "max_seq_len", 512)),
+        only={"sinusoidal_pos_embds": False, "tie_weights_": True, "tie_word_embeddings": True},
+        harmless=("dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout"),
+        objective="fm_jax.objectives.masked_lm.MaskedLM", buffers=r"distilbert\.embeddings\.position_ids"),
 }
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu",
@@ -398,6 +472,7 @@ def read_config(folder: Folder, *, dtype: str = "") -> ml_collections.ConfigDict
     stored = {e.dtype for key, e in folder.entries.items()
               if e.dtype in DTYPES and not re.fullmatch(folder.family.buffers, key)}
     config = config_lib.defaults()
+    config.objective = folder.family.objective
     config.name, config.hf_family = folder.path.resolve().name.removesuffix(".gguf"), folder.settings["model_type"]
     model = {f: getattr(arch, f) for f in config.model if f not in _COMPUTE}
     config_lib.override(config, {f"model.{f}": value for f, value in model.items()})
@@ -658,8 +733,9 @@ def _tensors(family, arch, names):
 
 def _sizes(a):
     heads = a.num_kv_heads * a.head_dim
-    return {"V": a.vocab_size, "D": a.embed_dim, "K": a.num_kv_heads, "G": a.groups, "H": a.head_dim, "F": a.mlp_dim,
-            "P": a.max_seq_len, "E": a.num_experts, "M": a.expert_dim, "Q": heads * a.groups, "R": heads}
+    return {"V": a.vocab_size, "D": a.embed_dim, "U": a.embed_dim, "K": a.num_kv_heads, "G": a.groups, "H": a.head_dim,
+            "Q": heads * a.groups, "R": heads, "F": a.mlp_dim, "E": a.num_experts, "M": a.expert_dim,
+            "P": a.max_seq_len + a.position_offset, "Y": a.num_token_types}
 
 
 def _blocks(row, sizes, joint: int | None = None):
@@ -739,7 +815,10 @@ def _entries(folder, family):
     absent = [key for key, name in files.items() if key not in headers[name]]
     if absent:
         raise UserError(f"{folder / files[absent[0]]}: lacks {absent[0]}, which {index.name} places there")
-    entries = {key: headers[name][key] for key, name in files.items()}
+    # TensorFlow's names, in BERT's older files.
+    renamed = lambda key: re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: "LayerNorm." + {
+        "gamma": "weight", "beta": "bias"}[m[1]], key)
+    entries = {renamed(key): headers[name][key] for key, name in files.items()}
     if not any(key.startswith(family.prefix) for key in entries):   # the bare model's names
         heads = {row.key for row in family.rows if not row.key.startswith(family.prefix)}
         entries = {key if key in heads else family.prefix + key: e for key, e in entries.items()}

@@ -560,28 +560,29 @@ def ranks(ids_BTK, num_experts: int):
 
 # --- cross-entropy ----------------------------------------------------------------------------------------------------
 
-def logits(x, table_VD, *, softcap: float = 0.0):
-    """Returns float32 softcap(x . table) [..., V] of x [..., D]: products in x's dtype, added up in float32.
+def logits(x, table_VD, bias_V=None, *, softcap: float = 0.0):
+    """Returns float32 softcap(x . table + bias) [..., V] of x [..., D]: products in x's dtype, added up in float32.
 
     Rounding the sums to bfloat16 would make ties at the top of one row in thirty (vocabulary of 8,192).
     """
     flat = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), table_VD.astype(x.dtype), (((1,), (1,)), ((), ())),
                                preferred_element_type=jnp.float32)
+    flat = flat if bias_V is None else flat + bias_V.astype(jnp.float32)
     return _scores(flat, 1.0, softcap).reshape(*x.shape[:-1], -1)
 
 
-def cross_entropy_sum(x_BTD, table_VD, labels_BT, weights_BT, *, z_loss: float = 0.0, softcap: float = 0.0,
-                      chunk_length: int = 0):
+def cross_entropy_sum(x_BTD, table_VD, labels_BT, weights_BT, bias_V=None, *, z_loss: float = 0.0,
+                      softcap: float = 0.0, chunk_length: int = 0):
     """Returns (float32 sum of weight * (nll + z_loss * lse^2), (nll, lse, correct) [B, T] without gradient).
 
-    Of logits = softcap(x . table), nll is -log softmax(logits)[label], lse the log-normaliser, correct 1 where the
-    label has the largest logit. Logits exist for `chunk_length` positions of each row at a time (0: all at once), so a
-    large vocabulary costs no memory. Only the sum can be differentiated, by x and table: so it is known with each piece's
-    logits what their gradient will be but for a factor, and one pass makes both.
+    Of logits = softcap(x . table + bias), nll is -log softmax(logits)[label], lse the log-normaliser, correct 1 where
+    the label has the largest logit. Logits exist for `chunk_length` positions of each row at a time (0: all at once),
+    so a large vocabulary costs no memory. Only the sum can be differentiated, by x, table and bias: so it is known with
+    each piece's logits what their gradient will be but for a factor, and one pass makes both.
     Source of the idea: arXiv:2410.10989, section 3.2.
     """
     x, labels, weights = (_chunks(a, chunk_length) for a in (x_BTD, labels_BT, weights_BT))
-    total, tokens = _summed_loss(x, table_VD, labels, weights, softcap, z_loss)
+    total, tokens = _summed_loss(x, (table_VD, bias_V), labels, weights, softcap, z_loss)
     return total, tuple(_whole(jax.lax.stop_gradient(o), labels_BT.shape) for o in tokens)
 
 
@@ -606,9 +607,9 @@ def _whole(chunks, shape):
     return chunks.swapaxes(0, 1).reshape(shape[0], -1)[:, : shape[1]]
 
 
-def _logits(x, table, labels, softcap):
+def _logits(x, head, labels, softcap):
     """Returns float32 logits [B, c, V] of one chunk x [B, c, D], and bool [B, c, V], where the label is."""
-    made = logits(x, table, softcap=softcap)
+    made = logits(x, *head, softcap=softcap)
     # A comparison, not a gather: it stays local where the vocabulary is sharded.
     return made, jnp.arange(made.shape[-1]) == labels[..., None]
 
@@ -621,7 +622,7 @@ def _losses(logits, hit):
 
 
 def _gradients(x, table, logits, hit, lse, dnll, dlse, softcap):
-    """Returns (dx [B, c, D], dtable^T [D, V] float32) of one chunk, from the cotangents of nll and lse [B, c]."""
+    """Returns (dx [B, c, D], dtable^T [D, V], dbias [V], float32) of a chunk, from cotangents of nll, lse [B, c]."""
     dlogits = jnp.exp(logits - lse[..., None]) * (dnll + dlse)[..., None] - jnp.where(hit, dnll[..., None], 0)
     if softcap:
         dlogits = dlogits * (1 - jnp.square(logits / softcap))
@@ -629,34 +630,36 @@ def _gradients(x, table, logits, hit, lse, dnll, dlse, softcap):
     # Transposed: XLA:CPU is 1.4 times faster at [D, tokens] x [tokens, V] than at [V, tokens] x [tokens, D].
     dtable_DV = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), flat, (((0,), (0,)), ((), ())),
                                     preferred_element_type=jnp.float32)
-    return (flat @ table.astype(x.dtype)).reshape(x.shape), dtable_DV
+    return (flat @ table.astype(x.dtype)).reshape(x.shape), dtable_DV, dlogits.sum((0, 1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _summed_loss(x, table, labels, weights, softcap, z_loss):
-    nll, lse, correct = jax.lax.map(lambda c: _losses(*_logits(c[0], table, c[1], softcap)), (x, labels))
+def _summed_loss(x, head, labels, weights, softcap, z_loss):
+    nll, lse, correct = jax.lax.map(lambda c: _losses(*_logits(c[0], head, c[1], softcap)), (x, labels))
     return ((nll + z_loss * jnp.square(lse)) * weights).sum(), (nll, lse, correct)
 
 
-def _summed_loss_forward(x, table, labels, weights, softcap, z_loss):
-    def one(carry, chunk):
-        total, dtable_DV = carry
-        x_c, labels_c, weights_c = chunk
-        logits, hit = _logits(x_c, table, labels_c, softcap)
-        nll, lse, correct = _losses(logits, hit)
-        dx, more = _gradients(x_c, table, logits, hit, lse, weights_c, 2 * z_loss * lse * weights_c, softcap)
-        total += ((nll + z_loss * jnp.square(lse)) * weights_c).sum()
-        return (total, dtable_DV + more), (dx, (nll, lse, correct))
+def _summed_loss_forward(x, head, labels, weights, softcap, z_loss):
+    table, bias = head
 
-    zero = jnp.zeros((), jnp.float32), jnp.zeros(table.shape[::-1], jnp.float32)
-    (total, dtable_DV), (dx, tokens) = jax.lax.scan(one, zero, (x, labels, weights.astype(jnp.float32)))
-    return (total, tokens), (dx, dtable_DV.T.astype(table.dtype))
+    def one(carry, chunk):
+        total, dtable_DV, dbias_V = carry
+        x_c, labels_c, weights_c = chunk
+        logits, hit = _logits(x_c, head, labels_c, softcap)
+        nll, lse, correct = _losses(logits, hit)
+        dx, more, of_bias = _gradients(x_c, table, logits, hit, lse, weights_c, 2 * z_loss * lse * weights_c, softcap)
+        total += ((nll + z_loss * jnp.square(lse)) * weights_c).sum()
+        return (total, dtable_DV + more, dbias_V if bias is None else dbias_V + of_bias), (dx, (nll, lse, correct))
+
+    zeros = lambda shape: jnp.zeros(shape, jnp.float32)
+    zero = zeros(()), zeros(table.shape[::-1]), None if bias is None else zeros(bias.shape)
+    (total, dtable_DV, dbias_V), (dx, tokens) = jax.lax.scan(one, zero, (x, labels, weights.astype(jnp.float32)))
+    return (total, tokens), (dx, (dtable_DV.T.astype(table.dtype), dbias_V))
 
 
 def _summed_loss_backward(softcap, z_loss, saved, cotangents):
-    dx, dtable = saved
     dtotal, _ = cotangents
-    return (dx * dtotal).astype(dx.dtype), (dtable * dtotal).astype(dtable.dtype), None, None
+    return (*jax.tree.map(lambda d: (d * dtotal).astype(d.dtype), saved), None, None)
 
 
 _summed_loss.defvjp(_summed_loss_forward, _summed_loss_backward)

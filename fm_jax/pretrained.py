@@ -90,7 +90,7 @@ def parse_mesh(text: str) -> dict[str, int] | None:
 
 
 class Pretrained:
-    """A causal language model with its parameters and tokenizer. Inputs and outputs are NumPy or Python values."""
+    """A language model with its parameters and tokenizer. Inputs and outputs are NumPy or Python values."""
 
     def __init__(self, config, tokenizer, objective, params, step: int | None = None):
         self.config, self.tokenizer, self.objective, self.params = config, tokenizer, objective, params
@@ -120,6 +120,7 @@ class Pretrained:
 
     def score(self, contexts, continuations) -> list[scoring.Score]:
         """Returns (logprob, is_greedy, num_tokens) of each continuation (text) after its context (text)."""
+        self._must("score texts", "trees", "score")
         contexts, continuations = _texts("contexts", contexts), _texts("continuations", continuations)
         if len(contexts) != len(continuations):
             raise UserError(f"{len(contexts)} contexts for {len(continuations)} continuations; give one for each")
@@ -128,6 +129,7 @@ class Pretrained:
 
     def score_texts(self, texts) -> list[float]:
         """Returns the natural log-probability of each text, from an empty context, every token of it scored once."""
+        self._must("score texts", "trees", "score")
         return scoring.score_texts(self.objective, self.params, self.tokenizer, _texts("texts", texts),
                                    batch_size=self._batch_size, work=self.work)
 
@@ -145,6 +147,7 @@ class Pretrained:
           logprobs: as in `decode.complete`.
           text: function of (i, its tokens): the text in which `stop` is sought; default `tokenizer.decode`.
         """
+        self._must("continue text", "decode")
         if n < 1:
             raise UserError(f"n={n} must be at least 1")
         if "" in (stop := _texts("stop", stop)):
@@ -213,14 +216,15 @@ class Pretrained:
 
     def embed(self, texts) -> np.ndarray:
         """Returns float32 [n, D]: the mean hidden state over each text's tokens (the first that fit the context)."""
-        start, _ = document_ends(self.tokenizer)
+        arch, (start, _) = self.objective.arch, document_ends(self.tokenizer)
+        multiple = 32 if arch.causal else 1   # few compiled shapes, where what is behind a text is not seen
         out = []
         for text in _texts("texts", texts):
-            ids = np.concatenate([[start], self.tokenizer.encode(text)])[: self.objective.arch.max_seq_len]
-            padded = np.zeros((1, min(-(-len(ids) // 32) * 32, self.objective.arch.max_seq_len)), np.int32)
+            ids = np.concatenate([[start], self.tokenizer.encode(text)])[: arch.max_seq_len]
+            padded = np.zeros((1, min(-(-len(ids) // multiple) * multiple, arch.max_seq_len)), np.int32)
             padded[0, : len(ids)] = ids
             out.append(self.hidden(padded)[0, : len(ids)].mean(0))
-        return np.array(out, np.float32).reshape(len(out), self.objective.arch.embed_dim)
+        return np.array(out, np.float32).reshape(len(out), arch.embed_dim)
 
     def _continuation(self, prompt, ids, new):
         """Returns the text of the tokens `new` behind `ids`, those of the prompt (text or chat).
@@ -239,6 +243,12 @@ class Pretrained:
         if len(arrays) != len(self._layers[0]) or any(map(operator.is_not, arrays, self._layers[0])):
             self._layers = arrays, decode.per_layer(self.params)
         return self._layers[1]
+
+    def _must(self, what, *names):
+        """Raises UserError where the objective's predictions do not allow for `what`."""
+        if not set(names) <= set(self.objective.predict):
+            raise UserError(f"{self.config.name or 'this model'} was trained by {self.config.objective}, which cannot "
+                            f"{what}; it has {', '.join(sorted(self.objective.predict))}")
 
     def _checked(self, tokens):
         """Returns int32 [B + what the mesh needs, T]."""

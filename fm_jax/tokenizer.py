@@ -29,7 +29,9 @@ _HF_NAMES = {    # tried in this order where no tokenizer_config.json names them
     "bos": ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "[CLS]", "<|endoftext|>"),
     "eos": ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "[SEP]"),
     "pad": ("<pad>", "<|pad|>", "[PAD]"),
+    "mask": ("[MASK]", "<mask>"),
 }
+_HF_ENCODERS = {"bos": "cls_token", "eos": "sep_token"}   # of BERT's kind, in tokenizer_config.json
 
 
 class Tokenizer:
@@ -40,7 +42,7 @@ class Tokenizer:
 
     Attributes:
       vocab_size: ids are in [0, vocab_size).
-      bos_id, eos_id, pad_id: int, or None where the tokenizer has no such token.
+      bos_id, eos_id, pad_id, mask_id: int, or None where the tokenizer has no such token.
       fim_ids: (prefix, suffix, middle) of fill-in-the-middle, or None.
       specials: {spelling: id} of the special tokens.
       adds_bos: other libraries that read this file put the beginning token before every text.
@@ -52,6 +54,7 @@ class Tokenizer:
     bos_id: int | None = None
     eos_id: int | None = None
     pad_id: int | None = None
+    mask_id: int | None = None
     fim_ids: tuple[int, int, int] | None = None
     specials: dict[str, int]
     adds_bos: bool = False
@@ -302,7 +305,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._ids = self._hf.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._ids.values()) + 1       # ids may have holes
         for which, names in _HF_NAMES.items():
-            token = config.get(f"{which}_token")
+            token = config.get(f"{which}_token") or config.get(_HF_ENCODERS.get(which))
             token = token["content"] if isinstance(token, dict) else token
             names = (token,) if token else () if config else names
             setattr(self, f"{which}_id", next((self._ids[n] for n in names if n in self._ids), None))

@@ -5,6 +5,8 @@ programs of a process can differ. The compiler refuses a name that it does not k
 options below; "none"; or either with more behind it, as in "auto,xla_tpu_scoped_vmem_limit_kib=65536".
 """
 
+import jax
+
 from fm_jax.errors import UserError
 
 FLAGS = {
@@ -34,9 +36,10 @@ FLAGS = {
         # Starts collectives early and waits for them late, which is what overlap is on a GPU.
         "xla_gpu_enable_latency_hiding_scheduler": True,
         # Moves a layer's gather of weights into the step of the loop before it, and its scatter of gradients into the
-        # step after it. Else a scan over layers is a wall to the scheduler.
-        "xla_gpu_enable_pipelined_all_gather": True,
-        "xla_gpu_enable_pipelined_reduce_scatter": True,
+        # step after it. Else a scan over layers is a wall to the scheduler. XLA has renamed these two.
+        **({f"xla_gpu_pipeline_{kind}": "COLLECTIVE_PIPELINING_MODE_ON" for kind in ("all_gather", "reduce_scatter")}
+           if jax.__version_info__ >= (0, 11) else
+           {f"xla_gpu_enable_pipelined_{kind}": True for kind in ("all_gather", "reduce_scatter")}),
         # Two layers a step of the loop, so that what is gathered for the next layer needs no copy.
         "xla_gpu_enable_while_loop_double_buffering": True,
     },

@@ -503,7 +503,7 @@ MODELS = pathlib.Path(__file__).parent / "hf_models"
 def test_a_family_is_what_transformers_computes(name, tmp_path):
     """The same hidden states and logits; and exported, the same settings and the same bytes under the same keys."""
     shutil.copytree(MODELS / name, tmp_path / "there")
-    words = hf_tokenizers.models.WordLevel({f"w{i}": i for i in range(41)}, unk_token="w0")
+    words = hf_tokenizers.models.WordLevel({f"w{i}": i for i in range(40)} | {"[MASK]": 40}, unk_token="w0")
     hf_tokenizers.Tokenizer(words).save(str(tmp_path / "there" / "tokenizer.json"))
     expected, lm = np.load(tmp_path / "there" / "expected.npz"), fm_jax.load(tmp_path / "there")
     assert np.abs(expected["logits"]).max() > 3
@@ -516,6 +516,9 @@ def test_a_family_is_what_transformers_computes(name, tmp_path):
     there, back = (json.loads((tmp_path / side / "config.json").read_text()) for side in ("there", "back"))
     assert hf.architecture(back, "back") == lm.objective.arch
     assert (back["model_type"], back["architectures"]) == (there["model_type"], there["architectures"])
+    if not lm.objective.arch.causal:
+        with pytest.raises(UserError, match="masked_lm.MaskedLM, which cannot score texts; it has hidden, logits"):
+            lm.score(["w1"], ["w2"])
 
 
 def test_every_family_is_among_them():

@@ -161,14 +161,19 @@ def logits(a, p, tokens, segments=None, positions=None, **kwargs):
     for t, position in zip(tokens, positions):
         x = p["embed"]["tokens"][t] * a.embed_scale
         if a.position == "learned":
-            x = x + p["embed"]["positions"][position]
+            x = x + p["embed"]["positions"][position + a.position_offset]
         if a.position == "sinusoidal":
             angles = [position / 10000 ** (2 * i / a.embed_dim) for i in range(a.embed_dim // 2)]
             x = x + np.array([math.sin(v) for v in angles] + [math.cos(v) for v in angles])
-        xs.append(x)
+        if a.num_token_types:
+            x = x + p["embed"]["types"][0]
+        xs.append(norm(a, p["embed"]["norm"], x) if a.embed_norm else x)
     xs = stack(a, p["transformer"], xs, segments, positions, **kwargs)
     table = p["embed"]["tokens" if a.tie_embeddings else "head"]
-    out = np.stack([table @ x for x in xs])
+    if a.head_transform:
+        e = p["embed"]
+        xs = [norm(a, e["transform_norm"], activation(a.activation, x @ e["transform"] + e["transform_bias"])) for x in xs]
+    out = np.stack([table @ x for x in xs]) + (p["embed"]["head_bias"] if a.head_transform else 0)
     return a.logit_softcap * np.tanh(out / a.logit_softcap) if a.logit_softcap else out
 
 

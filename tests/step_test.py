@@ -149,7 +149,7 @@ def test_what_is_gathered_on_a_mesh(mesh):
 
 def test_the_models_use_every_rule():
     axes = {a for model in MODELS for t in jax.tree.leaves(make(model=model).axes, is_leaf=sharding.is_axes) for a in t}
-    of_experts = {"experts", "expert_embed", "router"}   # in moe_test.py
+    of_experts = {"experts", "expert_embed", "router", "first_layers"}   # in moe_test.py
     assert axes | of_experts | {"batch", "length", "between", "pieces"} == set(sharding.RULES)
 
 

@@ -48,6 +48,13 @@ DECODERS = {
     "gpt_neox": ("GPTNeoX", NEOX),
     "gpt_neox_sequential": ("GPTNeoX", dict(NEOX, use_parallel_residual=False, tie_word_embeddings=True)),
 }
+BERT = dict(SIZES, intermediate_size=28)
+ENCODERS = {
+    "bert": ("Bert", BERT),
+    "roberta": ("Roberta", dict(BERT, pad_token_id=1, max_position_embeddings=50)),
+    "distilbert": ("DistilBert", dict(vocab_size=VOCAB, dim=20, n_layers=2, n_heads=4, hidden_dim=28,
+                                      max_position_embeddings=48)),
+}
 
 
 def draw(model):
@@ -55,17 +62,19 @@ def draw(model):
     centre = 0.0 if "Gemma" in type(model).__name__ else 1.0
     with torch.no_grad():
         for name, p in model.named_parameters():
-            around = centre if "norm" in name and name.endswith("weight") or "ln_" in name else 0.0
+            norm = any(part in name.lower() for part in ("norm", "ln_"))
+            around = centre if norm and name.endswith("weight") else 0.0
             p.copy_((torch.randn_like(p) * 0.3 + around).bfloat16().float())
 
 
 def make(name):
-    kind, settings = DECODERS[name]
-    torch.manual_seed(sorted(DECODERS).index(name))
+    kind, settings = (DECODERS | ENCODERS)[name]
+    torch.manual_seed(sum(map(ord, name)))
     config = getattr(transformers, kind + "Config")(**settings)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    auto = transformers.AutoModelForCausalLM if name in DECODERS else transformers.AutoModelForMaskedLM
+    model = auto.from_config(config, attn_implementation="eager").float().eval()
     draw(model)
-    tokens = torch.randint(0, VOCAB, (2, LENGTH))
+    tokens = torch.randint(2, VOCAB, (2, LENGTH))   # RoBERTa counts no positions for token 1
     with torch.no_grad():
         out = model(tokens, output_hidden_states=True)
     folder = FOLDER / name
@@ -81,5 +90,5 @@ def make(name):
 
 
 if __name__ == "__main__":
-    for each in sys.argv[1:] or DECODERS:
+    for each in sys.argv[1:] or DECODERS | ENCODERS:
         make(each)
