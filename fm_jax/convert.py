@@ -10,9 +10,9 @@ qwen2, qwen3, qwen3_moe, gemma2, gemma3_text, phi3, olmo2, bert, roberta and dis
 llama (dequantised; needs the package gguf). Tokenizer and chat template come along.
 The run it writes is at step 0, for evaluate, generate and fm_jax.load; training goes on from its weights in a run of
 its own, with --config.checkpoint.init_from. What it exports opens with transformers' AutoModelForCausalLM (or
-AutoModelForMaskedLM): the average of the parameters where the run keeps one, in the family that it was imported from, else in the first that can
-express it (`config.hf_family`). An exported tokenizer of ours puts nothing before a text; a prompt
-that is to begin where documents began in training spells it out: "<s>Once". Layer 5.
+AutoModelForMaskedLM): the average of the parameters where the run keeps one, in the family that it was imported from,
+else in the first that can express it (`config.hf_family`). An exported tokenizer of ours puts nothing before a text; a
+prompt that is to begin where documents began in training spells it out: "<s>Once". Layer 5.
 """
 
 from absl import flags
