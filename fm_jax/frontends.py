@@ -1,4 +1,4 @@
-"""What turns a medium into x [B, T, D] for the Transformer, and hidden states back into logits.
+"""What turns a medium into x [B, T, D] for the Transformer, and hidden states back into logits; the model of text.
 
 Layer 1. Text tokens today; patches, log-mel frames, series, actions and timesteps find their place here.
 Letters as in `model.py`.
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from fm_jax import kernels
 from fm_jax.architecture import Architecture
-from fm_jax.model import ACTIVATIONS, Norm, dropout, fan_in, normal, param, zeros
+from fm_jax.model import (ACTIVATIONS, Cache, Norm, Transformer, Trunk, dropout, fan_in, normal, param,
+                          zeros)
 from fm_jax.sharding import Layout
 
 
@@ -100,3 +101,32 @@ class TokenEmbed(nn.Module):
             rows[0], self.head, rows[1], rows[2], self.bias, z_loss=z_loss, softcap=a.logit_softcap,
             chunk_length=max(1, a.loss_chunk_tokens * parts // (n * B)))
         return total, tuple(map(together, tokens)) if n > 1 else tokens
+
+
+class TextModel(nn.Module):
+    """Token embedding, stack and head: a decoder or an encoder of text."""
+
+    arch: Architecture
+    layout: Layout | None = None
+
+    def setup(self):
+        self.embed = TokenEmbed(self.arch, self.layout)
+        self.transformer = Transformer(self.arch, self.layout)
+
+    def __call__(self, tokens_BT, positions_BT=None, segment_ids_BT=None, cache: Cache | None = None, last_BT=None,
+                 trunk: Trunk | None = None, types_BT=None, key=None, capture=()):
+        """Returns (hidden states [B, T, D], cache, taps)."""
+        B, T = tokens_BT.shape
+        if positions_BT is None:
+            start = 0 if cache is None else cache.length_B[:, None]
+            positions_BT = jnp.broadcast_to(start + jnp.arange(T), (B, T))
+        embed_key, key = jax.random.split(key) if key is not None else (None, None)
+        x = self.embed(tokens_BT, positions_BT, embed_key, types_BT)
+        return self.transformer(x, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, cache=cache,
+                                last_BT=last_BT, trunk=trunk, key=key, capture=capture)
+
+    def loss_sum(self, hidden_BTD, targets_BT, weights_BT, z_loss):
+        return self.embed.loss_sum(hidden_BTD, targets_BT, weights_BT, z_loss)
+
+    def logits(self, hidden_BTD):
+        return self.embed.logits(hidden_BTD)

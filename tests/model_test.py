@@ -6,10 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fm_jax import decode, model, sharding, tree
+from fm_jax import decode, frontends, model, sharding, tree
 from fm_jax.architecture import SIZES, Architecture
 from fm_jax.errors import UserError
-from fm_jax.objectives import causal_lm
 import naive
 
 # Odd sizes, so that no two axes can be confused: 6 heads over 2 kv heads of size 10, width 24.
@@ -52,7 +51,7 @@ VARIANTS = {
 def build(**changes):
     """Returns (arch, module, random parameters): random norms and biases too, so that a missing one shows."""
     arch = Architecture(**{**BASE, **changes})
-    module = causal_lm.Module(arch)
+    module = frontends.TextModel(arch)
     shapes = jax.eval_shape(lambda k: module.init(k, jnp.zeros((1, 1), jnp.int32), method=lambda m, t: m.logits(m(t)[0])),
                             jax.random.key(0))["params"]
     rng = np.random.default_rng(1)
@@ -333,7 +332,7 @@ def test_logits_are_added_up_in_float32_whatever_the_compute_dtype():
 @pytest.mark.parametrize("name", [*VARIANTS, *SIZES])
 def test_counts_equal_the_parameters(name):
     arch = Architecture(**(SIZES[name] if name in SIZES else {**BASE, **VARIANTS[name]}))
-    module = causal_lm.Module(arch)
+    module = frontends.TextModel(arch)
     boxed = jax.eval_shape(lambda k: module.init(k, jnp.zeros((1, 1), jnp.int32), method=lambda m, t: m.logits(m(t)[0])),
                            jax.random.key(0))
     assert tree.count(sharding.unbox(boxed)[0]) == arch.param_count()

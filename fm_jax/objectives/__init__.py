@@ -116,3 +116,12 @@ def uniform(seeds: np.ndarray, count: int) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) * 2.0 ** -53
+
+
+def document_positions(segments: np.ndarray) -> np.ndarray:
+    """Returns int32 [n, T]: of each token of packed rows, how many of its own segment are before it."""
+    fresh = np.ones(segments.shape, bool)
+    np.not_equal(segments[:, 1:], segments[:, :-1], out=fresh[:, 1:])
+    first = np.flatnonzero(fresh).astype(np.int32)   # of each document's piece, counted over all rows
+    lengths = np.diff(first, append=segments.size)
+    return (np.arange(segments.size, dtype=np.int32) - np.repeat(first, lengths)).reshape(segments.shape)

@@ -5,7 +5,6 @@ Try:  python -m fm_jax.train --config configs/causal_lm.py:tiny --workdir runs/t
 
 import dataclasses
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,40 +12,11 @@ import numpy as np
 from fm_jax import model
 from fm_jax.architecture import Architecture
 from fm_jax.errors import UserError
-from fm_jax.frontends import TokenEmbed
-from fm_jax.model import Cache, Transformer, Trunk
-from fm_jax.objectives import Loss, uniform
+from fm_jax.frontends import TextModel
+from fm_jax.model import Trunk
+from fm_jax.objectives import Loss, document_positions, uniform
 from fm_jax.sharding import Layout
 from fm_jax.tokenizer import check_vocab
-
-
-class Module(nn.Module):
-    """Token embedding, decoder stack, output head."""
-
-    arch: Architecture
-    layout: Layout | None = None
-
-    def setup(self):
-        self.embed = TokenEmbed(self.arch, self.layout)
-        self.transformer = Transformer(self.arch, self.layout)
-
-    def __call__(self, tokens_BT, positions_BT=None, segment_ids_BT=None, cache: Cache | None = None, last_BT=None,
-                 trunk: Trunk | None = None, key=None, capture=()):
-        """Returns (hidden states [B, T, D], cache, taps)."""
-        B, T = tokens_BT.shape
-        if positions_BT is None:
-            start = 0 if cache is None else cache.length_B[:, None]
-            positions_BT = jnp.broadcast_to(start + jnp.arange(T), (B, T))
-        embed_key, key = jax.random.split(key) if key is not None else (None, None)
-        x = self.embed(tokens_BT, positions_BT, embed_key)
-        return self.transformer(x, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, cache=cache,
-                                last_BT=last_BT, trunk=trunk, key=key, capture=capture)
-
-    def loss_sum(self, hidden_BTD, targets_BT, weights_BT, z_loss):
-        return self.embed.loss_sum(hidden_BTD, targets_BT, weights_BT, z_loss)
-
-    def logits(self, hidden_BTD):
-        return self.embed.logits(hidden_BTD)
 
 
 class CausalLM:
@@ -95,8 +65,8 @@ class CausalLM:
         self.tokens_per_example = self.seq_len
         self.flops_per_example = self.seq_len * self.arch.flops_per_token(self.seq_len)
         # Only in training are tokens dropped: a prediction does not depend on what else is in its row.
-        self.module = Module(dataclasses.replace(self.arch, capacity_factor=0.0), layout)
-        self._trained = Module(self.arch, layout)
+        self.module = TextModel(dataclasses.replace(self.arch, capacity_factor=0.0), layout)
+        self._trained = TextModel(self.arch, layout)
         self.predict = {"hidden": self.hidden, "logits": self.logits, "trees": self.trees, "score": self.score,
                         "decode": self.decode}
 
@@ -126,17 +96,13 @@ class CausalLM:
 
     def _batch(self, tokens, segments):
         inputs = segments[:, :-1]
-        fresh = np.ones(inputs.shape, bool)
-        np.not_equal(inputs[:, 1:], inputs[:, :-1], out=fresh[:, 1:])
-        first = np.flatnonzero(fresh).astype(np.int32)   # of each document's piece, counted over all rows
-        positions = np.arange(inputs.size, dtype=np.int32) - np.repeat(first, np.diff(first, append=inputs.size))
         weights = ((inputs == segments[:, 1:]) & (inputs > 0)).astype(np.float32)
-        return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions.reshape(inputs.shape),
+        return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": document_positions(inputs),
                 "segment_ids": inputs, "weights": weights}
 
     def init(self, key):
         tokens = jnp.zeros((1, 1), jnp.int32)
-        unplaced = Module(self.arch)   # shardings of parameters come from their axes, not from this dummy batch
+        unplaced = TextModel(self.arch)   # shardings of parameters come from their axes, not from this dummy batch
         return unplaced.init(key, tokens, method=lambda m, t: m.logits(m(t)[0]))["params"]
 
     def loss(self, params, batch, key=None):

@@ -5,7 +5,6 @@ Try:  python -m fm_jax.train --config configs/masked_lm.py:tiny --workdir runs/t
 
 import math
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,40 +12,12 @@ import numpy as np
 from fm_jax import model
 from fm_jax.architecture import Architecture
 from fm_jax.errors import UserError, choose
-from fm_jax.frontends import TokenEmbed
-from fm_jax.model import Transformer
-from fm_jax.objectives import Loss, uniform
+from fm_jax.frontends import TextModel
+from fm_jax.objectives import Loss, document_positions, uniform
 from fm_jax.sharding import Layout
 from fm_jax.tokenizer import check_vocab
 
 SPAN = 3.0   # tokens of a masked span on average; arXiv:1907.10529 cuts a geometric distribution of mean 5 to 3.8
-
-
-class Module(nn.Module):
-    """Token embedding, encoder stack, output head."""
-
-    arch: Architecture
-    layout: Layout | None = None
-
-    def setup(self):
-        self.embed = TokenEmbed(self.arch, self.layout)
-        self.transformer = Transformer(self.arch, self.layout)
-
-    def __call__(self, tokens_BT, positions_BT=None, segment_ids_BT=None, types_BT=None, key=None, capture=()):
-        """Returns (hidden states [B, T, D], taps)."""
-        if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        embed_key, key = jax.random.split(key) if key is not None else (None, None)
-        x = self.embed(tokens_BT, positions_BT, embed_key, types_BT)
-        hidden, _, taps = self.transformer(x, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, key=key,
-                                           capture=capture)
-        return hidden, taps
-
-    def loss_sum(self, hidden_BTD, targets_BT, weights_BT, z_loss):
-        return self.embed.loss_sum(hidden_BTD, targets_BT, weights_BT, z_loss)
-
-    def logits(self, hidden_BTD):
-        return self.embed.logits(hidden_BTD)
 
 
 class MaskedLM:
@@ -95,7 +66,7 @@ class MaskedLM:
         unseen = 6.0 * self.arch.embed_dim * (self.arch.vocab_size + self.arch.embed_dim * self.arch.head_transform)
         self.flops_per_example = (self.seq_len * self.arch.flops_per_token(self.seq_len)
                                   - (self.seq_len - self.places) * unseen)   # logits are of the masked alone
-        self.module = Module(self.arch, layout)
+        self.module = TextModel(self.arch, layout)
         self.predict = {"hidden": self.hidden, "logits": self.logits}
 
     # --- the contract -------------------------------------------------------------------------------------------
@@ -136,10 +107,7 @@ class MaskedLM:
         row, column = np.nonzero(weights)
         masked = tokens.copy()
         masked[row, places[row, column]] = put[row, column]
-        fresh = np.ones(segments.shape, bool)
-        np.not_equal(segments[:, 1:], segments[:, :-1], out=fresh[:, 1:])
-        start = np.maximum.accumulate(np.where(fresh, np.arange(T), 0), axis=1)
-        return {"tokens": masked, "positions": (np.arange(T) - start).astype(np.int32), "segment_ids": segments,
+        return {"tokens": masked, "positions": document_positions(segments), "segment_ids": segments,
                 "places": places.astype(np.int32), "targets": targets, "weights": weights}
 
     def random_batch(self, n, rng):
@@ -149,12 +117,12 @@ class MaskedLM:
 
     def init(self, key):
         tokens = jnp.zeros((1, 1), jnp.int32)
-        unplaced = Module(self.arch)   # shardings of parameters come from their axes, not from this dummy batch
+        unplaced = TextModel(self.arch)   # shardings of parameters come from their axes, not from this dummy batch
         return unplaced.init(key, tokens, method=lambda m, t: m.logits(m(t)[0]))["params"]
 
     def loss(self, params, batch, key=None):
-        hidden, _ = self.module.apply({"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"],
-                                      key=key)
+        hidden, _, _ = self.module.apply({"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"],
+                                         key=key)
         chosen = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
         weight = batch["weights"]
         loss, (nll, _, correct) = self.module.apply({"params": params}, chosen, batch["targets"], weight, self.z_loss,
@@ -166,7 +134,8 @@ class MaskedLM:
 
     def hidden(self, params, tokens_BT, capture=()):
         """Returns (hidden states [B, T, D], taps) of rows without padding."""
-        return self.module.apply({"params": params}, tokens_BT, capture=capture)
+        hidden, _, taps = self.module.apply({"params": params}, tokens_BT, capture=capture)
+        return hidden, taps
 
     def logits(self, params, tokens_BT):
         """Returns float32 logits [B, T, V]."""
