@@ -19,7 +19,7 @@ CHOICES = {
     "norm": ("rmsnorm", "layernorm"),
     "norm_position": ("pre", "post", "sandwich", "output"),
     "activation": ("gelu", "gelu_tanh", "silu", "relu"),
-    "position": ("rope", "learned", "sinusoidal", "none"),
+    "position": ("rope", "learned", "sinusoidal", "relative", "none"),
     "qk_norm": ("none", "head", "full"),
     "router_score": ("softmax", "sigmoid"),
     "remat": ("none", "full", "dots", "offload_full", "offload_dots"),
@@ -63,6 +63,7 @@ class Architecture:
     activation: str = "silu"            # gelu (erf), gelu_tanh, relu
     gated_mlp: bool = True              # SwiGLU with silu, GeGLU with gelu
     qkv_bias: bool = False
+    key_bias: bool = True               # False: queries and values alone have the qkv_bias (Whisper)
     attention_out_bias: bool = False
     mlp_bias: bool = False
 
@@ -78,7 +79,9 @@ class Architecture:
     capacity_factor: float = 0.0        # in training, an expert has room for this times its even share of each row's
                                         # tokens and drops the rest; 0: no token is dropped
 
-    position: str = "rope"              # learned, sinusoidal, none
+    position: str = "rope"              # learned, sinusoidal, relative, none
+    relative_buckets: int = 32          # relative: a head adds to its scores a number by the distance of query and key,
+    relative_max_distance: int = 128    # one of so many, the same in all layers; from this distance on one and the same
     rope_theta: float = 10000.0
     rope_local_theta: float = 0.0       # of local layers; 0: rope_theta, unscaled where this is set (Gemma 3)
     rope_frac: float = 1.0              # of each head is rotated
@@ -88,6 +91,7 @@ class Architecture:
     attention_scale: float = 0.0        # 0: head_dim ** -0.5
     attention_softcap: float = 0.0      # cap * tanh(score / cap); 0: off
     logit_softcap: float = 0.0
+    logit_scale: float = 1.0            # hidden states are multiplied by it before the head (T5, tied: embed_dim ** -0.5)
 
     position_offset: int = 0            # row of the learned positions' table for the first place (RoBERTa: 2)
     num_token_types: int = 0            # rows of a table added to the embeddings: which of two texts a token is of (BERT)
@@ -136,7 +140,7 @@ class Architecture:
     def _validate(self):
         for name, options in CHOICES.items():
             choose(getattr(self, name), options, f"model.{name}")
-        for name in ("norm_eps", "rope_theta"):
+        for name in ("norm_eps", "rope_theta", "logit_scale"):
             _require(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "must be positive")
         _require(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", self.num_kv_heads,
                  f"must divide num_heads={self.num_heads}")
@@ -149,6 +153,13 @@ class Architecture:
             choose(kind, ("global", "local"), "model.layer_pattern")
         _require("local" not in self.layer_pattern or self.window > 0, "window", self.window,
                  "must be positive where layer_pattern has local layers")
+        if self.position == "relative":
+            _require(self.relative_buckets >= 4 and self.relative_buckets % 4 == 0, "relative_buckets",
+                     self.relative_buckets, "must be a multiple of 4")
+            _require(self.relative_max_distance > self.relative_buckets, "relative_max_distance",
+                     self.relative_max_distance, f"must exceed relative_buckets={self.relative_buckets}")
+            _require(not self.attention_softcap, "attention_softcap", self.attention_softcap,
+                     "is not for scores that relative positions are added to; set it to 0")
         _require(0 < self.rope_frac <= 1, "rope_frac", self.rope_frac, "must be in (0, 1]")
         _require(self.position != "rope" or self.rope_dim % 2 == 0, "head_dim", self.head_dim,
                  "times rope_frac must be even")
@@ -215,7 +226,7 @@ class Architecture:
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         norm = D * (2 if self.norm_bias else 1)
         attention = D * (q + 2 * kv) + q * D
-        attention += (q + 2 * kv) * self.qkv_bias + D * self.attention_out_bias
+        attention += (q + kv + kv * self.key_bias) * self.qkv_bias + D * self.attention_out_bias
         attention += {"none": 0, "head": 2 * self.head_dim, "full": q + kv}[self.qk_norm] * (norm // D)
         mlp = D * F * (3 if self.gated_mlp else 2) + (F * (2 if self.gated_mlp else 1) + D) * self.mlp_bias
         mlps = self.num_layers * mlp
@@ -227,6 +238,7 @@ class Architecture:
         layer += norm * sublayers * (2 if self.norm_position == "sandwich" else 1)
         tables = self.vocab_size * D * (1 if self.tie_embeddings else 2)
         tables += (self.max_seq_len + self.position_offset) * D if self.position == "learned" else 0
+        tables += self.relative_buckets * self.num_heads if self.position == "relative" else 0
         tables += self.num_token_types * D + norm * self.embed_norm
         tables += (D * D + D + norm + self.vocab_size) * self.head_transform
         return self.num_layers * layer + mlps + norm * self.final_norm + tables

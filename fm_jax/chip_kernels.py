@@ -30,10 +30,12 @@ def check_matmul_dtype(matmul_dtype: str, layout) -> None:
                         "or ''")
 
 
-def refusals(kernel: str, q_BTKGH, k_BSKH, mask, *, softcap: float, platform: str | None, context: int) -> list[str]:
+def refusals(kernel: str, q_BTKGH, k_BSKH, mask, *, softcap: float, platform: str | None, context: int,
+             biased: bool = False) -> list[str]:
     """Returns why `kernel`, "splash" or "cudnn", cannot serve this attention, in words; empty where it can.
 
     q, k: arrays or shape structs. platform: `Layout.platform`. context: into how many parts the mesh cuts a sequence.
+    biased: scores have something added to them by distance.
     """
     T, S, H = q_BTKGH.shape[1], k_BSKH.shape[1], q_BTKGH.shape[-1]
     home, dtypes = {"splash": ("tpu", ("bfloat16", "float32")), "cudnn": ("cuda", ("bfloat16", "float16"))}[kernel]
@@ -42,6 +44,7 @@ def refusals(kernel: str, q_BTKGH, k_BSKH, mask, *, softcap: float, platform: st
         (q_BTKGH.dtype in dtypes, f"it takes {' and '.join(dtypes)}, not model.dtype={q_BTKGH.dtype}"),
         (H % 8 == 0, f"model.head_dim={H} is no multiple of 8"),
         (context == 1, f"it needs whole sequences, and mesh.context={context} cuts them"),
+        (not biased, "it has no bias by distance, as model.position='relative' adds to its scores"),
     ]
     if kernel == "splash":
         rules += [

@@ -36,7 +36,8 @@ CHOICES = {
     "optimizer.offload": ("none", "host"),
     "checkpoint.on_corrupt": ("stop", "previous"),
 }
-OPEN = ("objective_args", "model.rope_scaling")   # sections whose keys depend on another value; checked where used
+# Sections whose keys depend on another value. Those of `encoder` are of `model` and checked here, the others where used.
+OPEN = ("objective_args", "encoder", "model.rope_scaling")
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -61,6 +62,9 @@ def defaults() -> ml_collections.ConfigDict:
     c.model = ml_collections.ConfigDict({
         f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory()
         for f in dataclasses.fields(Architecture)})
+
+    # Of an objective with two stacks, whose decoder is `model`: what its encoder has otherwise, such as num_layers.
+    c.encoder = ml_collections.ConfigDict()
 
     c.data = d = ml_collections.ConfigDict()
     d.train = ""                         # a prepared folder, or a mixture "data/a:0.7,data/b:0.3"
@@ -124,6 +128,24 @@ def defaults() -> ml_collections.ConfigDict:
     h.skip_grad_norm_warmup_steps = 100  # no skipping before this step
     h.hang_timeout_s = 3600.0            # a step, save or validation that takes longer ends the run; 0: off
     return _lock(c)
+
+
+def encoder(config: ml_collections.ConfigDict) -> Architecture:
+    """Returns the encoder beside `config.model`: `config.encoder`, and what it does not name as there.
+
+    Raises: UserError where a key or value of `config.encoder` is none of an Architecture.
+    """
+    _check_encoder(config.encoder, "config")
+    fields = {**config.model.to_dict(), "causal": False, "cross_attention": False, **config.encoder.to_dict()}
+    try:
+        return Architecture(**fields)
+    except UserError as e:
+        raise UserError(f"config.encoder, with what it does not name as in config.model: {e}") from None
+
+
+def _check_encoder(section, where):
+    for name in section:
+        choose(name, [f.name for f in dataclasses.fields(Architecture)], f"{where}: key of encoder")
 
 
 def _lock(config):
@@ -227,6 +249,10 @@ def override(config: ml_collections.ConfigDict, changes) -> ml_collections.Confi
     """
     for key, value in changes.items():
         section, _, leaf = key.rpartition(".")
+        if section == "encoder":
+            choose(leaf, config.model, "key of config.encoder")
+            config.encoder[leaf] = _convert(value, config.model[leaf], config.model.get_type(leaf), f"config.{key}")
+            continue
         if key not in _flatten(config, sections=True) and section not in OPEN:
             raise UserError(f"unknown config key {key!r}{_did_you_mean(key, config)}")
         holder = _walk(config, section)
@@ -253,6 +279,8 @@ def resolve(config: ml_collections.ConfigDict, *, examples_per_epoch: int | None
         raise UserError(f"config: missing keys {', '.join(missing)}; start from fm_jax.config.defaults()")
     for key, options in CHOICES.items():
         choose(_walk(c, key), options, f"config.{key}")
+    if c.encoder:   # before the model's derived sizes are its own
+        c.encoder = ml_collections.ConfigDict(dataclasses.asdict(encoder(c)))
     c.model = ml_collections.ConfigDict(dataclasses.asdict(Architecture(**c.model.to_dict())))
 
     def require(key, ok, rule):
@@ -453,6 +481,7 @@ def _open_keys(config):
 
 
 def _check_keys(config, where):
+    _check_encoder(config.get("encoder", {}), where)
     known, open_keys = _flatten(defaults(), sections=True), _open_keys(config)
     for key in _flatten(config):
         if key not in known and key not in open_keys:
@@ -551,6 +580,7 @@ def _split_overrides(argv):
     """Returns ({key: text}, the other arguments); --config.a.b=1, --config.a.b 1, --config.flag, --noconfig.flag."""
     overrides, rest, i = {}, [], 0
     known = _flatten(defaults())
+    known |= {key.replace("model.", "encoder."): value for key, value in known.items() if key.startswith("model.")}
     while i < len(argv):
         match = re.fullmatch(r"--?(no)?config\.([^=]*)(?:=(.*))?", argv[i], re.DOTALL)
         i += 1
@@ -589,4 +619,5 @@ def _help(fv, doc, full):
     if full and "config" in fv:
         lines += ["", "Config keys and their defaults (a config file changes some; fm_jax/config.py explains them):"]
         lines += [f"  --config.{key}={_show(value)}" for key, value in _flatten(defaults()).items()]
+        lines.append("  --config.encoder.KEY: as config.model.KEY, for objectives with an encoder beside the model")
     return "\n".join(lines)

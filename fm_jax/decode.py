@@ -416,8 +416,8 @@ def per_layer(params):
 
     Cut out of the stacked array inside the step, every layer would be copied for every token.
     """
-    return {**params, "transformer": {name: _unstacked(part) if name in ("first_layers", "layers") else part
-                                      for name, part in params["transformer"].items()}}
+    return {stack: {name: _unstacked(part) if name in ("first_layers", "layers") else part
+                    for name, part in parts.items()} for stack, parts in params.items()}
 
 
 @jax.jit

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from fm_jax import kernels
 from fm_jax.architecture import Architecture
-from fm_jax.model import (ACTIVATIONS, Cache, Norm, Transformer, Trunk, dropout, fan_in, normal, param,
+from fm_jax.model import (ACTIVATIONS, Cache, Context, Norm, Transformer, Trunk, dropout, fan_in, normal, param,
                           zeros)
 from fm_jax.sharding import Layout
 
@@ -79,6 +79,8 @@ class TokenEmbed(nn.Module):
         return kernels.logits(self._transformed(x_BTD), self.head, self.bias, softcap=self.arch.logit_softcap)
 
     def _transformed(self, x_BTD):
+        if self.arch.logit_scale != 1:
+            x_BTD = x_BTD * jnp.asarray(self.arch.logit_scale, x_BTD.dtype)
         if not self.arch.head_transform:
             return x_BTD
         y = kernels.linear(x_BTD, self.transform) + self.transform_bias.astype(x_BTD.dtype)
@@ -124,6 +126,52 @@ class TextModel(nn.Module):
         x = self.embed(tokens_BT, positions_BT, embed_key, types_BT)
         return self.transformer(x, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, cache=cache,
                                 last_BT=last_BT, trunk=trunk, key=key, capture=capture)
+
+    def loss_sum(self, hidden_BTD, targets_BT, weights_BT, z_loss):
+        return self.embed.loss_sum(hidden_BTD, targets_BT, weights_BT, z_loss)
+
+    def logits(self, hidden_BTD):
+        return self.embed.logits(hidden_BTD)
+
+
+class EncoderDecoder(nn.Module):
+    """Text to text: an encoder and a decoder that share the table of tokens, and the head. Neither has learned positions.
+    """
+
+    encoder_arch: Architecture
+    arch: Architecture          # of the decoder
+    layout: Layout | None = None
+
+    def setup(self):
+        self.embed = TokenEmbed(self.arch, self.layout)
+        self.encoder = Transformer(self.encoder_arch, self.layout)
+        self.decoder = Transformer(self.arch, self.layout)
+
+    def encode(self, tokens_BS, positions_BS=None, segment_ids_BS=None, key=None, capture=()):
+        """Returns (hidden states [B, S, D], taps)."""
+        x, positions_BS, key = self._embedded(tokens_BS, positions_BS, None, key)
+        hidden, _, taps = self.encoder(x, positions_BT=positions_BS, segment_ids_BT=segment_ids_BS, key=key,
+                                       capture=capture)
+        return hidden, taps
+
+    def context(self, hidden_BSD, segment_ids_BS=None) -> Context:
+        """Returns what a decoder's cache has of the encoder's output."""
+        return self.decoder.context(hidden_BSD, segment_ids_BS)
+
+    def __call__(self, tokens_BT, context_BSD=None, positions_BT=None, segment_ids_BT=None,
+                 context_segment_ids_BS=None, cache: Cache | None = None, key=None, capture=()):
+        """Returns (hidden states [B, T, D] of the decoder, cache, taps)."""
+        x, positions_BT, key = self._embedded(tokens_BT, positions_BT, cache, key)
+        return self.decoder(x, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, context_BSD=context_BSD,
+                            context_segment_ids_BS=context_segment_ids_BS, cache=cache, key=key, capture=capture)
+
+    def _embedded(self, tokens_BT, positions_BT, cache, key):
+        """Returns (x [B, T, D], positions [B, T], key of the stack)."""
+        B, T = tokens_BT.shape
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to((0 if cache is None else cache.length_B[:, None]) + jnp.arange(T), (B, T))
+        embed_key, key = jax.random.split(key) if key is not None else (None, None)
+        return self.embed(tokens_BT, positions_BT, embed_key), positions_BT, key
 
     def loss_sum(self, hidden_BTD, targets_BT, weights_BT, z_loss):
         return self.embed.loss_sum(hidden_BTD, targets_BT, weights_BT, z_loss)

@@ -205,9 +205,33 @@ class Mask(NamedTuple):
                                                 for name, a in arrays))
 
 
-def attention(q_BTKGH, k_BSKH, v_BSKH, mask: Mask, *, scale: float, softcap: float = 0.0, kernel: str = "auto",
-              layout=None):
+def pair_bias(bias_KGR, mask: Mask, T: int, S: int, q_start: int = 0, k_start: int = 0):
+    """Returns float32 [B or 1, K, G, T, S]: what is added to each score, by the distance from the query to the key.
+
+    bias_KGR: of the distances -M to M, R = 2 M + 1; those beyond have what the ends have. The rest as in
+    `Mask.visible`.
+    """
+    M = bias_KGR.shape[-1] // 2
+    if mask.q_index_BT is not None or mask.k_index_BS is not None:
+        q = mask.q_index_BT if mask.q_index_BT is not None else (q_start + jnp.arange(T))[None]
+        k = mask.k_index_BS if mask.k_index_BS is not None else (k_start + jnp.arange(S))[None]
+        ahead_BTS = jnp.clip(k[:, None, :] - q[:, :, None], -M, M) + M
+        return jnp.moveaxis(bias_KGR[:, :, ahead_BTS], 2, 0)
+    # Each row is the one above it, moved by one place: of a repeated row, pieces that are one shorter. A gather of
+    # T x S numbers, and in the backward pass a scatter, would cost more than the scores.
+    n = T + S
+    distance = np.arange(n)
+    distance = np.where(distance < S, distance, distance - n) + k_start - q_start
+    row_KGn = bias_KGR[:, :, np.clip(distance, -M, M) + M]
+    rows = jnp.tile(row_KGn, T)[..., : T * (n - 1)]
+    return rows.reshape(*bias_KGR.shape[:2], T, n - 1)[None, ..., :S]
+
+
+def attention(q_BTKGH, k_BSKH, v_BSKH, mask: Mask, *, scale: float, softcap: float = 0.0, bias_KGR=None,
+              kernel: str = "auto", layout=None):
     """Returns the attention output [B, T, K, G, H] in q's dtype; scores and softmax in float32.
+
+    bias_KGR: added to the scores, see `pair_bias`.
 
     kernel: "reference" builds all scores; "chunked" goes by blocks of queries, skips keys that no query
     of the block sees, and recomputes scores in the backward pass: the scores of one block exist at a time,
@@ -222,8 +246,8 @@ def attention(q_BTKGH, k_BSKH, v_BSKH, mask: Mask, *, scale: float, softcap: flo
     tree = mask.k_first_BS is not None
     indexed = not tree and (mask.q_index_BT is not None or mask.k_index_BS is not None)
     refusals = lambda chip: chip_kernels.refusals(
-        chip, q_BTKGH, k_BSKH, mask, softcap=softcap, platform=layout.platform if layout else None,
-        context=layout.parts("length") if layout else 1)
+        chip, q_BTKGH, k_BSKH, mask, softcap=softcap, biased=bias_KGR is not None,
+        platform=layout.platform if layout else None, context=layout.parts("length") if layout else 1)
     if kernel == "auto" and T < QUERY_CHUNK:
         kernel = "reference"
     elif kernel == "auto":
@@ -237,19 +261,21 @@ def attention(q_BTKGH, k_BSKH, v_BSKH, mask: Mask, *, scale: float, softcap: flo
     if kernel == "cudnn":
         return chip_kernels.cudnn(q_BTKGH, k_BSKH, v_BSKH, mask, scale=scale, layout=layout)
     if kernel == "reference":
-        return attention_reference(q_BTKGH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap)
+        return attention_reference(q_BTKGH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap, bias_KGR=bias_KGR)
     if indexed:
         raise UserError("model.attention_kernel='chunked' cannot attend to a cache; use 'auto' or 'reference'")
     if mask.causal and T != S:
         raise UserError(f"causal attention without indices needs as many queries as keys, got {T} and {S}")
     chunk = max(TREE_CHUNK if tree else QUERY_CHUNK, -(-T // MOST_QUERY_CHUNKS))
-    return _chunked(q_BTKGH, k_BSKH, v_BSKH, mask[2:], (mask.causal, mask.window, scale, softcap, chunk))
+    return _chunked(q_BTKGH, k_BSKH, v_BSKH, bias_KGR, mask[2:], (mask.causal, mask.window, scale, softcap, chunk))
 
 
-def attention_reference(q_BTKGH, k_BSKH, v_BSKH, mask: Mask, *, scale, softcap=0.0):
+def attention_reference(q_BTKGH, k_BSKH, v_BSKH, mask: Mask, *, scale, softcap=0.0, bias_KGR=None):
     """Returns attention by its definition. Source: arXiv:1706.03762, equation 1."""
     s_BKGTS = _scores(jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32),
                       scale, softcap)
+    if bias_KGR is not None:
+        s_BKGTS += pair_bias(bias_KGR, mask, q_BTKGH.shape[1], k_BSKH.shape[1])
     seen = mask.visible(q_BTKGH.shape[1], k_BSKH.shape[1])
     if seen is not None:
         s_BKGTS = jnp.where(seen[:, None, None], s_BKGTS, NEVER)
@@ -267,7 +293,7 @@ def stored(held_BKSH, new_BTKH, places_BT):
     return held_BKSH[0].at[jnp.arange(K)[:, None], places_BT].set(new_KTH, mode="drop")[None]
 
 
-def attention_to_cache(q_BTKGH, k_BKSH, v_BKSH, mask: Mask, *, scale, softcap=0.0):
+def attention_to_cache(q_BTKGH, k_BKSH, v_BKSH, mask: Mask, *, scale, softcap=0.0, bias_KGR=None):
     """Returns the same for keys and values with their heads before their places, as a cache holds them.
 
     The queries of a kv head are the rows of one matrix: XLA:CPU transposes the operands of any other form, and with
@@ -276,6 +302,9 @@ def attention_to_cache(q_BTKGH, k_BKSH, v_BKSH, mask: Mask, *, scale, softcap=0.
     B, T, K, G, H = q_BTKGH.shape
     q_BKRH = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     s_BKRS = _scores(jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=jnp.float32), scale, softcap)
+    if bias_KGR is not None:
+        bias = pair_bias(bias_KGR, mask, T, k_BKSH.shape[2])
+        s_BKRS += bias.reshape(len(bias), K, G * T, -1)
     seen = mask.visible(T, k_BKSH.shape[2])
     if seen is not None:
         s_BKRS = jnp.where(jnp.tile(seen, (1, G, 1))[:, None], s_BKRS, NEVER)
@@ -323,8 +352,8 @@ def partial_attention_gradient(q_BTKGH, k_BSKH, v_BSKH, mask: Mask, out_BTKGH, l
     """
     q, k, v = _heads_first(q_BTKGH, k_BSKH, v_BSKH)
     out, dout = (x.transpose(0, 2, 3, 1, 4) for x in (out_BTKGH, dout_BTKGH))
-    dq, dk, dv = _blocks_backward(q, k, v, mask, out, lse_BKGT1, dout, scale, softcap,
-                                  max(QUERY_CHUNK, -(-q.shape[3] // MOST_QUERY_CHUNKS)))
+    dq, dk, dv, _ = _blocks_backward(q, k, v, mask, out, lse_BKGT1, dout, scale, softcap,
+                                     max(QUERY_CHUNK, -(-q.shape[3] // MOST_QUERY_CHUNKS)))
     return dq.transpose(0, 3, 1, 2, 4), dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3)
 
 
@@ -332,32 +361,39 @@ def _heads_first(q_BTKGH, k_BSKH, v_BSKH):
     return q_BTKGH.transpose(0, 2, 3, 1, 4), k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _chunked(q, k, v, arrays, static):
-    return _chunked_forward(q, k, v, arrays, static)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _chunked(q, k, v, bias, arrays, static):
+    return _chunked_forward(q, k, v, bias, arrays, static)[0]
 
 
-def _block_scores(q, k, mask, rows, cols, scale, softcap):
+def _block_bias(bias, mask, rows, cols):
+    """Returns `pair_bias` [B or 1, K, G, rows, cols]."""
+    return pair_bias(bias, mask.part(rows, cols), rows.stop - rows.start, cols.stop - cols.start, rows.start, cols.start)
+
+
+def _block_scores(q, k, mask, rows, cols, scale, softcap, bias=None):
     """Returns float32 scores [B, K, G, rows, cols], NEVER where not visible."""
     s = _scores(jnp.einsum("bkgth,bksh->bkgts", q[:, :, :, rows], k[:, :, cols],
                            preferred_element_type=jnp.float32), scale, softcap)
+    if bias is not None:
+        s += _block_bias(bias, mask, rows, cols)
     seen = mask.part(rows, cols).visible(rows.stop - rows.start, cols.stop - cols.start, rows.start, cols.start)
     return s if seen is None else jnp.where(seen[:, None, None], s, NEVER)
 
 
-def _chunked_forward(q_BTKGH, k_BSKH, v_BSKH, arrays, static):
+def _chunked_forward(q_BTKGH, k_BSKH, v_BSKH, bias, arrays, static):
     causal, window, *how = static
     q, k, v = _heads_first(q_BTKGH, k_BSKH, v_BSKH)
-    out, lse = _blocks_forward(q, k, v, Mask(causal, window, *arrays), *how)
+    out, lse = _blocks_forward(q, k, v, Mask(causal, window, *arrays), *how, bias)
     out = out.astype(q.dtype)
-    return out.transpose(0, 3, 1, 2, 4), (q, k, v, arrays, out, lse)
+    return out.transpose(0, 3, 1, 2, 4), (q, k, v, bias, arrays, out, lse)
 
 
-def _blocks_forward(q, k, v, mask, scale, softcap, chunk):
+def _blocks_forward(q, k, v, mask, scale, softcap, chunk, bias=None):
     """Returns (out [B, K, G, T, H], log of the sum of weights [B, K, G, T, 1]), float32."""
     outs, lses = [], []
     for rows, cols in _blocks(q.shape[3], k.shape[2], mask, chunk):
-        s = _block_scores(q, k, mask, rows, cols, scale, softcap)
+        s = _block_scores(q, k, mask, rows, cols, scale, softcap, bias)
         top = s.max(-1, keepdims=True)
         p = jnp.exp(s - top)
         total = p.sum(-1, keepdims=True)
@@ -370,28 +406,33 @@ def _blocks_forward(q, k, v, mask, scale, softcap, chunk):
 
 def _chunked_backward(static, saved, dout_BTKGH):
     causal, window, *how = static
-    q, k, v, arrays, out, lse = saved
+    q, k, v, bias, arrays, out, lse = saved
     dout = dout_BTKGH.transpose(0, 2, 3, 1, 4)
-    dq, dk, dv = _blocks_backward(q, k, v, Mask(causal, window, *arrays), out, lse, dout, *how)
+    dq, dk, dv, dbias = _blocks_backward(q, k, v, Mask(causal, window, *arrays), out, lse, dout, *how, bias)
     return (dq.astype(q.dtype).transpose(0, 3, 1, 2, 4), dk.astype(k.dtype).transpose(0, 2, 1, 3),
-            dv.astype(v.dtype).transpose(0, 2, 1, 3), (None,) * len(arrays))
+            dv.astype(v.dtype).transpose(0, 2, 1, 3), dbias, (None,) * len(arrays))
 
 
-def _blocks_backward(q, k, v, mask, out, lse, dout, scale, softcap, chunk):
-    """Returns (dq, dk, dv), dk and dv in float32. out, lse: of all keys that there are, perhaps more than these.
+def _blocks_backward(q, k, v, mask, out, lse, dout, scale, softcap, chunk, bias=None):
+    """Returns (dq, dk, dv, dbias), all but dq in float32. out, lse: of all keys that there are, perhaps more than these.
 
     Source: arXiv:2205.14135 (FlashAttention), appendix B, without its inner loop over keys.
     """
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
     dqs, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    dbias = None if bias is None else jnp.zeros_like(bias)
     # Of all keys without a scatter: XLA:CPU of jax 0.11.2 crashes when it compiles that one inside a ring.
     add = lambda sums, cols, more: sums + more if more.shape == sums.shape else sums.at[:, :, cols].add(more)
     for rows, cols in _blocks(q.shape[3], k.shape[2], mask, chunk):
-        s = _block_scores(q, k, mask, rows, cols, scale, softcap)
+        s = _block_scores(q, k, mask, rows, cols, scale, softcap, bias)
         p = jnp.exp(s - lse[:, :, :, rows])
         do = dout[:, :, :, rows]
         dp = jnp.einsum("bkgth,bksh->bkgts", do, v[:, :, cols], preferred_element_type=jnp.float32)
-        ds = p * (dp - delta[:, :, :, rows]) * scale
+        ds = p * (dp - delta[:, :, :, rows])
+        if bias is not None:
+            added, transposed = jax.vjp(functools.partial(_block_bias, mask=mask, rows=rows, cols=cols), bias)
+            dbias += transposed(ds if len(added) == len(ds) else ds.sum(0, keepdims=True))[0]
+        ds = ds * scale
         if softcap:   # s is capped here: d(cap tanh(x/cap))/dx = 1 - (s/cap)^2; a masked score has p = 0
             ds = ds * (1 - jnp.square(jnp.where(p > 0, s, 0) / softcap))
         ds = ds.astype(q.dtype)
@@ -400,7 +441,7 @@ def _blocks_backward(q, k, v, mask, out, lse, dout, scale, softcap, chunk):
                                       preferred_element_type=jnp.float32))
         dv = add(dv, cols, jnp.einsum("bkgts,bkgth->bksh", p.astype(do.dtype), do,
                                       preferred_element_type=jnp.float32))
-    return jnp.concatenate(dqs, axis=3), dk, dv
+    return jnp.concatenate(dqs, axis=3), dk, dv, dbias
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

@@ -195,7 +195,35 @@ def rotate(x, table):
     return jnp.concatenate([(a * cos - b * sin).astype(x.dtype), (b * cos + a * sin).astype(x.dtype), rest], axis=-1)
 
 
+def relative_buckets(arch: Architecture) -> np.ndarray:
+    """Returns int [2 M + 1], M = relative_max_distance: the bucket of a key that is -M to M places ahead of its query.
+
+    Half of the buckets are of one place each, the others grow wider with the distance; a bidirectional stack has half
+    of both for each direction. In float32, as the models that were trained with it.
+
+    Source: arXiv:1910.10683, section 2.1, and its code (`_relative_position_bucket`).
+    """
+    count, M = arch.relative_buckets, arch.relative_max_distance
+    ahead = np.arange(-M, M + 1)
+    if arch.causal:
+        first, away = 0, np.maximum(-ahead, 0)
+    else:
+        count //= 2
+        first, away = np.where(ahead > 0, count, 0), np.abs(ahead)
+    exact = count // 2
+    wide = np.log(np.maximum(away, 1).astype(np.float32) / np.float32(exact)) / np.float32(np.log(M / exact))
+    return first + np.where(away < exact, away, np.minimum(exact + (wide * (count - exact)).astype(int), count - 1))
+
+
 # --- attention -----------------------------------------------------------------------------------------------------
+
+class Context(NamedTuple):
+    """What a decoder attends to beside its own tokens: of each layer, keys and values [B, K, S, H] of a source."""
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    seen_BS: jax.Array | None = None   # False where there is no token; None: all are
+
 
 class Cache(NamedTuple):
     """Keys and values of the tokens seen so far: one array [B, K, S, H] a layer, and how many are valid.
@@ -207,6 +235,7 @@ class Cache(NamedTuple):
     v: tuple[jax.Array, ...]
     length_B: jax.Array
     count_B: jax.Array | None = None   # of the tokens that come next, the first so many are real; None: all
+    context: Context | None = None     # of a stack with cross attention
 
     @classmethod
     def empty(cls, arch: Architecture, batch: int, max_length: int, slack: int = 0) -> "Cache":
@@ -266,34 +295,51 @@ class Attention(nn.Module):
     cross: bool = False
 
     @nn.compact
-    def __call__(self, x_BTD, mask, rope, context_BSD=None, cache=None, trunk=None):
-        """Returns (output [B, T, D], cache, its own (k, v) [B, T, K, H]).
+    def __call__(self, x_BTD, mask=None, rope=None, bias_KGR=None, context_BSD=None, cache=None, trunk=None):
+        """Returns (output [B, T, D], cache, its own (k, v) [B, T, K, H]); without x, keys and values alone.
 
-        cache: None, or (k, v [B, K, S, H], Places) to write and read. trunk: None, or (k, v [S, K, H]) to read first.
+        bias_KGR: see `kernels.pair_bias`.
+        cache: None, or (k, v [B, K, S, H], Places) to write and read; of cross attention (k, v), in place of context.
+        trunk: None, or (k, v [S, K, H]) to read first.
         """
         a = self.arch
         D, K, G, H = a.embed_dim, a.num_kv_heads, a.groups, a.head_dim
         source = context_BSD if self.cross else x_BTD
-        project = functools.partial(projection, self, x_BTD.shape[1])
-        wq = project("wq", fan_in(D), embed=D, kv_heads=K, groups=G, head=H)
-        wk = project("wk", fan_in(D), embed=D, kv_heads=K, head=H)
-        wv = project("wv", fan_in(D), embed=D, kv_heads=K, head=H)
-        wo = project("wo", fan_in(K * G * H, (2 * a.num_layers) ** -0.5), kv_heads=K, groups=G, head=H, embed=D)
-        q, k, v = wq(x_BTD), wk(source), wv(source)
-        if a.qkv_bias:
-            q += param(self, "q_bias", zeros, a.param_dtype, kv_heads=K, groups=G, head=H).astype(q.dtype)
-            k += param(self, "k_bias", zeros, a.param_dtype, kv_heads=K, head=H).astype(k.dtype)
-            v += param(self, "v_bias", zeros, a.param_dtype, kv_heads=K, head=H).astype(v.dtype)
-        if a.qk_norm == "head":
-            q, k = Norm(a, name="q_norm")(q), Norm(a, name="k_norm")(k)
-        elif a.qk_norm == "full":
-            q = Norm(a, name="q_norm")(q.reshape(*q.shape[:2], -1)).reshape(q.shape)
-            k = Norm(a, name="k_norm")(k.reshape(*k.shape[:2], -1)).reshape(k.shape)
-        if rope is not None and not self.cross:
-            q, k = rotate(q, rope), rotate(k, rope)
-        q = _placed(q, self.layout, "batch", "length", "kv_heads", "groups", "head")
-        k = _placed(k, self.layout, "batch", "length", "kv_heads", "head")
+        project = lambda x, *which, **axes: projection(self, 0 if x is None else x.shape[1], *which, **axes)
+        # Scores begin with the same variance, whatever they are multiplied by.
+        gain = H ** -0.5 / a.attention_scale if a.attention_scale else 1.0
+        wq = project(x_BTD, "wq", fan_in(D, gain), embed=D, kv_heads=K, groups=G, head=H)
+        wk = project(source, "wk", fan_in(D), embed=D, kv_heads=K, head=H)
+        wv = project(source, "wv", fan_in(D), embed=D, kv_heads=K, head=H)
+        wo = project(x_BTD, "wo", fan_in(K * G * H, (2 * a.num_layers) ** -0.5),
+                     kv_heads=K, groups=G, head=H, embed=D)
+        plus = lambda y, name, **axes: y + param(self, name, zeros, a.param_dtype, **axes).astype(y.dtype)
+
+        def normed(y, name):
+            if a.qk_norm == "none":
+                return y
+            flat = y if a.qk_norm == "head" else y.reshape(*y.shape[:2], -1)
+            return Norm(a, name=name)(flat).reshape(y.shape)
+
+        def placed(y, *more):
+            return _placed(y, self.layout, "batch", "length", "kv_heads", *more, "head")
+
+        if x_BTD is not None:
+            q = wq(x_BTD)
+            q = normed(plus(q, "q_bias", kv_heads=K, groups=G, head=H) if a.qkv_bias else q, "q_norm")
+            q = placed(q if rope is None else rotate(q, rope), "groups")
+        if self.cross and cache is not None:
+            k = v = None
+        else:
+            k, v = wk(source), wv(source)
+            if a.qkv_bias:
+                k = plus(k, "k_bias", kv_heads=K, head=H) if a.key_bias else k
+                v = plus(v, "v_bias", kv_heads=K, head=H)
+            k = normed(k, "k_norm")
+            k = placed(k if rope is None else rotate(k, rope))
         own = k, v
+        if x_BTD is None:
+            return None, None, own
         if cache is not None and not self.cross:
             *held, places = cache
             new = [a.astype(h.dtype) for a, h in zip(own, held)]
@@ -304,11 +350,15 @@ class Attention(nn.Module):
         if trunk is not None:
             k, v = (jnp.concatenate([jnp.broadcast_to(t, (x_BTD.shape[0], *t.shape)), n], axis=1)
                     for t, n in zip(trunk, own))
+        if self.cross and cache is not None:
+            k, v = cache
         attend = functools.partial(kernels.attention, kernel=a.attention_kernel, layout=self.layout)
-        if cache is not None and not self.cross:
+        if cache is not None:
             attend = kernels.attention_to_cache
         elif _cut(self.layout):
             attend = functools.partial(ring.attention, layout=self.layout)
+        if bias_KGR is not None:
+            attend = functools.partial(attend, bias_KGR=bias_KGR)
         out = attend(q, k, v, mask, scale=a.attention_scale or H ** -0.5, softcap=a.attention_softcap)
         y = wo(_placed(out, self.layout, "batch", "length", "kv_heads", "groups", "head"))
         if a.attention_out_bias:
@@ -559,13 +609,14 @@ def _experts(a: Architecture, x_BTD, ids_BTK, weights_BTK, rank_BTK, matrices, f
 # --- block and stack --------------------------------------------------------------------------------------------------
 
 class Inputs(NamedTuple):
-    """What every block of a stack sees beside its input: masks and rope tables by layer kind, and the encoder."""
+    """What every block of a stack sees beside its input: masks and positions by layer kind, and the encoder."""
 
     masks: dict[str, kernels.Mask]
     ropes: dict[str, Any]
     context_BSD: Any = None
     context_mask: Any = None
     real_BT: Any = None   # False: padding, which has no expert; None: all are real
+    bias_KGR: Any = None  # of relative positions, see `kernels.pair_bias`
 
 
 class Block(nn.Module):
@@ -575,7 +626,7 @@ class Block(nn.Module):
     layout: Layout | None = None
 
     @nn.compact
-    def __call__(self, x_BTD, inputs: Inputs, kind: str, key_B=None, cache=None, trunk=None):
+    def __call__(self, x_BTD, inputs: Inputs, kind: str, key_B=None, cache=None, trunk=None, context=None):
         """Returns (x [B, T, D], cache of this layer, taps). key_B: of each row's dropout."""
         a = self.arch
         keys = jax.vmap(lambda k: jax.random.split(k, 3), out_axes=1)(key_B) if key_B is not None else (None,) * 3
@@ -602,12 +653,12 @@ class Block(nn.Module):
         def attend(x):
             nonlocal cache, made
             own = Attention(a, self.layout, name="attention")
-            y, cache, made = own(x, inputs.masks[kind], inputs.ropes[kind], cache=cache, trunk=trunk)
+            y, cache, made = own(x, inputs.masks[kind], inputs.ropes[kind], inputs.bias_KGR, cache=cache, trunk=trunk)
             return y
 
         def cross(x):
             other = Attention(a, self.layout, cross=True, name="cross")
-            return other(x, inputs.context_mask, None, inputs.context_BSD)[0]
+            return other(x, inputs.context_mask, context_BSD=inputs.context_BSD, cache=context)[0]
 
         def mix(x):
             nonlocal routing
@@ -645,7 +696,7 @@ class Transformer(nn.Module):
           prefix_BT: True where a token may be seen by all of its segment (prefix LM).
           context_BSD, context_segment_ids_BS: the encoder's output, for cross attention.
           cache: attend to what it holds and to x, which is appended. Not with segments or a prefix. Rows padded at
-            their right say so in its `count_B`.
+            their right say so in its `count_B`. Its `context` (see the method) is in place of `context_BSD`.
           last_BT: each row is not one sequence but trees of tokens, depth first, each seeing itself and its ancestors;
             the index of the last token below this one (its own, where there is none). `positions_BT` says how deep.
           trunk: of trees, what comes before them. Not with segments, a prefix or a cache.
@@ -683,6 +734,12 @@ class Transformer(nn.Module):
             places = {k: _places(cache, entries.shape[2], k == "local", T) for k, entries in zip(kinds, cache.k)}
         if positions_BT is None:
             positions_BT = index_BT if index_BT is not None else jnp.broadcast_to(jnp.arange(T), (B, T))
+        bias = None
+        if a.position == "relative":
+            table = param(self, "relative_bias", fan_in(a.embed_dim), a.param_dtype, position=a.relative_buckets,
+                          kv_heads=a.num_kv_heads, groups=a.groups)
+            bias = jnp.moveaxis(table.astype(jnp.float32)[relative_buckets(a)], 0, -1)
+            bias = _placed(bias, self.layout, "kv_heads", "groups", "head")
         mask = kernels.Mask(a.causal, 0, segment_ids_BT, segment_ids_BT, prefix_BT, index_BT)
         masks = {k: mask._replace(window=a.window if k == "local" else 0,
                                   k_index_BS=places[k].k_index_BS if places else None) for k in set(kinds)}
@@ -690,8 +747,11 @@ class Transformer(nn.Module):
             if cache is not None or segment_ids_BT is not None or prefix_BT is not None:
                 raise UserError("trees of tokens cannot be combined with a cache, segment_ids or a prefix")
             masks = {k: _tree_mask(positions_BT, last_BT, trunk, a.window if k == "local" else 0) for k in set(kinds)}
-        context_mask = None
-        if a.cross_attention:
+        context_mask, held = None, cache.context if cache is not None else None
+        if held is not None:
+            seen = held.seen_BS
+            context_mask = kernels.Mask(False) if seen is None else kernels.Mask(False, 0, jnp.ones((B, T), bool), seen)
+        elif a.cross_attention:
             if context_BSD is None:
                 raise UserError("a stack with model.cross_attention needs context_BSD, the output of an encoder")
             if segment_ids_BT is not None and context_segment_ids_BS is None:
@@ -702,7 +762,7 @@ class Transformer(nn.Module):
                 context_mask = context_mask._replace(q_segments_BT=jnp.ones((B, T), context_segment_ids_BS.dtype))
         inputs = Inputs(masks,
                         {k: rope_table(a, k, positions_BT) if a.position == "rope" else None for k in set(kinds)},
-                        context_BSD, context_mask, None if segment_ids_BT is None else segment_ids_BT > 0)
+                        context_BSD, context_mask, None if segment_ids_BT is None else segment_ids_BT > 0, bias)
         # Of each row: what is drawn for it does not depend on how the batch is cut into microbatches.
         keys_LB = jax.random.split(key, (a.num_layers, B)) if key is not None else None
 
@@ -711,14 +771,16 @@ class Transformer(nn.Module):
             here, block = slice(first, first + n), Block(own, self.layout, parent=None)
             of_these = lambda arrays_L: jax.tree.map(lambda x: x[here], arrays_L)
 
-            def apply(x, layer, key_B, kind, layer_cache=None, layer_trunk=None):
-                x, layer_cache, taps = block.apply({"params": layer}, x, inputs, kind, key_B, layer_cache, layer_trunk)
+            def apply(x, layer, key_B, kind, layer_cache=None, layer_trunk=None, context=None):
+                x, layer_cache, taps = block.apply({"params": layer}, x, inputs, kind, key_B, layer_cache, layer_trunk,
+                                                   context)
                 return x, layer_cache, {name: taps[name] for name in capture}
 
             if cache is not None:
-                given = []
-                for layer, kind, k, v in zip(unstack(layers[name], n), kinds[here], cache.k[here], cache.v[here]):
-                    x, (k, v, _), tap = apply(x, layer, None, kind, (k, v, places[kind]))
+                given, contexts = [], [None] * n if held is None else list(zip(held.k[here], held.v[here]))
+                for layer, kind, k, v, context in zip(unstack(layers[name], n), kinds[here], cache.k[here],
+                                                      cache.v[here], contexts):
+                    x, (k, v, _), tap = apply(x, layer, None, kind, (k, v, places[kind]), context=context)
                     made, given = [*made, (k, v)], [*given, tap]
                 taps.append(jax.tree.map(lambda *t: jnp.stack(t), *given))
             elif stages and name == "layers":
@@ -730,7 +792,7 @@ class Transformer(nn.Module):
                 taps.append(tap)
             first += n
         if cache is not None:
-            cache = Cache(*zip(*made), cache.length_B + (T if cache.count_B is None else cache.count_B))
+            cache = Cache(*zip(*made), cache.length_B + (T if cache.count_B is None else cache.count_B), context=held)
         taps = {name: _joined([tap[name] for tap in taps if tap[name] is not None]) for name in capture}
         if cut:
             x = ring.collect(x, ("batch", "length", "embed"), self.layout)
@@ -741,8 +803,23 @@ class Transformer(nn.Module):
             x = Norm(a, name="final_norm")(x)
         return x, cache, taps
 
+    def context(self, context_BSD, segment_ids_BS=None) -> Context:
+        """Returns the keys and values that each layer's cross attention makes of an encoder's output, for a cache.
+
+        segment_ids_BS: 0 where there is no token.
+        """
+        made = []
+        for name, own, n in self.arch.stacks:
+            cross = Attention(own, self.layout, cross=True, parent=None)
+            for layer in unstack(self.get_variable("params", name), n):
+                _, _, (k, v) = cross.apply({"params": layer["cross"]}, None, context_BSD=context_BSD)
+                made.append((k.swapaxes(1, 2), v.swapaxes(1, 2)))
+        return Context(*zip(*made), None if segment_ids_BS is None else segment_ids_BS > 0)
+
     def _through_stages(self, a, x_BTD, layers, inputs, keys_LB, capture, schedule):
         """Returns (x, taps [L, ...]) after layers of architecture `a`, each on its stage of the mesh."""
+        if inputs.bias_KGR is not None:   # what goes to the stages has rows
+            inputs = inputs._replace(bias_KGR=jnp.broadcast_to(inputs.bias_KGR, (len(x_BTD), *inputs.bias_KGR.shape)))
         leaves, treedef = jax.tree.flatten(inputs)   # those that are no arrays are the same for every row
         per_row = {"inputs": [leaf if isinstance(leaf, jax.Array) else None for leaf in leaves]}
         if keys_LB is not None:
@@ -753,6 +830,8 @@ class Transformer(nn.Module):
             own = dataclasses.replace(a, num_layers=jax.tree.leaves(layers)[0].shape[0],
                                       remat=a.remat.removeprefix("offload_"))
             inputs = treedef.unflatten([leaf if row is None else row for leaf, row in zip(leaves, per_row["inputs"])])
+            if inputs.bias_KGR is not None:
+                inputs = inputs._replace(bias_KGR=inputs.bias_KGR[0])
             keys = None
             if keys_LB is not None:
                 keys = jax.lax.dynamic_slice_in_dim(per_row["keys"].swapaxes(0, 1), first, own.num_layers)
@@ -782,6 +861,10 @@ def check(arch: Architecture, length: int, layout: Layout) -> None:
     if not _cut(layout):
         return
     ring.check(length, layout)
+    if arch.cross_attention or arch.position == "relative":
+        what = "model.cross_attention" if arch.cross_attention else "model.position='relative'"
+        raise UserError(f"{what} needs whole sequences, and mesh.context={layout.mesh.shape['context']} cuts them; set "
+                        "mesh.context=1")
     if arch.attention_kernel != "auto":
         raise UserError(f"model.attention_kernel={arch.attention_kernel!r}: sequences that mesh.context="
                         f"{layout.mesh.shape['context']} cuts have their own kernel; set 'auto', or mesh.context=1")

@@ -185,17 +185,21 @@ def segments(B, T, seed):
     return out
 
 
-def case(*, B=2, T=300, S=None, K=2, G=1, H=4, causal=True, window=0, packed=False, prefix=False, softcap=0.0, seed=0):
+def case(*, B=2, T=300, S=None, K=2, G=1, H=4, causal=True, window=0, packed=False, prefix=False, softcap=0.0, seed=0,
+         farthest=None):
     """Returns (q, k, v, Mask, keywords): inputs of a size that makes attention far from uniform."""
     S = S or T
     q, k, v = normals(seed, (B, T, K, G, H), (B, S, K, H), (B, S, K, H))
     q_segments = segments(B, T, seed) if packed else None
     k_segments = q_segments if S == T else segments(B, S, seed + 1) if packed else None
     k_prefix = (np.arange(S) % 97 < 20)[None].repeat(B, 0) if prefix else None
-    return q, k, v, Mask(causal, window, q_segments, k_segments, k_prefix), dict(scale=0.9, softcap=softcap)
+    how = dict(scale=0.9, softcap=softcap)
+    if farthest is not None:   # the distance from which on a score's bias is the same
+        how["bias_KGR"], = normals(seed + 2, (K, G, 2 * farthest + 1))
+    return q, k, v, Mask(causal, window, q_segments, k_segments, k_prefix), how
 
 
-def numpy_attention(q, k, v, mask, scale, softcap):
+def numpy_attention(q, k, v, mask, scale, softcap, bias_KGR=None):
     (B, T, K, G, H), S = q.shape, k.shape[1]
     out = np.zeros(q.shape)
     sees = np.array([[[(not mask.causal or s <= t or (mask.k_prefix_BS is not None and mask.k_prefix_BS[b, s]))
@@ -208,6 +212,9 @@ def numpy_attention(q, k, v, mask, scale, softcap):
             scores = k[b, keys, n] @ q[b, t, n, g] * scale
             if softcap:
                 scores = softcap * np.tanh(scores / softcap)
+            if bias_KGR is not None:
+                farthest = bias_KGR.shape[-1] // 2
+                scores = scores + [bias_KGR[n, g, min(max(s - t, -farthest), farthest) + farthest] for s in keys]
             e = np.exp(scores - scores.max())
             out[b, t, n, g] = e / e.sum() @ v[b, keys, n]
     return out
@@ -228,15 +235,21 @@ CASES = {
     "softcap": dict(softcap=0.8, packed=True),
     "everything": dict(prefix=True, window=50, packed=True, softcap=1.5, G=2, K=3),
     "cross": dict(causal=False, T=150, S=41),
+    "biased": dict(farthest=20, G=2, packed=True),
+    "biased_bidirectional": dict(farthest=400, causal=False, window=60),
 }
 
 
 def value_and_grads(kernel, q, k, v, mask, how, dout):
+    biases = {name: how[name] for name in how if name == "bias_KGR"}
+
     @jax.jit
-    def run(q, k, v):
-        out, pull = jax.vjp(lambda q, k, v: kernels.attention(q, k, v, mask, kernel=kernel, **how), q, k, v)
-        return out, pull(dout)
-    return run(q, k, v)
+    def run(q, k, v, biases):
+        f = lambda q, k, v, biases: kernels.attention(q, k, v, mask, kernel=kernel, **{**how, **biases})
+        out, pull = jax.vjp(f, q, k, v, biases)
+        *grads, of_biases = pull(dout)
+        return out, (*grads, *of_biases.values())
+    return run(q, k, v, biases)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -246,8 +259,9 @@ def test_chunked_attention_equals_numpy_and_autodiff(name):
     out, grads = value_and_grads("chunked", q, k, v, mask, how, dout)
     want, want_grads = value_and_grads("reference", q, k, v, mask, how, dout)
     np.testing.assert_allclose(out, want, **CLOSE)
-    for letter, got, ref in zip("qkv", grads, want_grads):
-        np.testing.assert_allclose(got, ref, **CLOSE, err_msg=f"d{letter}")
+    # Of a bias, the sum over all pairs at one distance.
+    for letter, got, ref in zip(("q", "k", "v", "bias"), grads, want_grads):
+        np.testing.assert_allclose(got, ref, **CLOSE | (dict(atol=1e-4) if letter == "bias" else {}), err_msg=f"d{letter}")
     naive = numpy_attention(*(x.astype(np.float64) for x in (q, k, v)), mask, **how)
     np.testing.assert_allclose(out, naive, **CLOSE)
     cached = kernels.attention_to_cache(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, **how)

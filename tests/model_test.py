@@ -1,5 +1,6 @@
 """The Transformer against `naive.py`, for every choice the architecture offers, and its invariances."""
 
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,12 @@ VARIANTS = {
     "mixtral": dict(num_experts=5, experts_per_token=2, expert_dim=26),
     "deepseek": dict(num_experts=7, num_dense_layers=1, experts_per_token=3, expert_dim=14, num_shared_experts=2,
                      router_score="sigmoid", router_bias=True, router_scale=2.5),
+    "t5_decoder": dict(position="relative", relative_buckets=8, relative_max_distance=11, attention_scale=0.5,
+                       activation="relu", gated_mlp=False, logit_scale=24 ** -0.5),
+    "t5_encoder": dict(position="relative", relative_buckets=8, relative_max_distance=9, causal=False,
+                       activation="gelu_tanh", tie_embeddings=False),
+    "whisper": dict(norm="layernorm", norm_bias=True, qkv_bias=True, key_bias=False, attention_out_bias=True,
+                    mlp_bias=True, activation="gelu", gated_mlp=False, position="learned"),
     "local_encoder": dict(causal=False, layer_pattern=("local",), window=3),
 }
 
@@ -229,7 +236,8 @@ def test_prefix_lm_equals_naive_and_differs_from_causal():
 def test_encoder_decoder_equals_naive():
     rng = np.random.default_rng(4)
     encoder = Architecture(**BASE, causal=False)
-    decoder = Architecture(**BASE, cross_attention=True, qkv_bias=True)
+    decoder = Architecture(**BASE, cross_attention=True, qkv_bias=True, position="relative", relative_buckets=8,
+                           relative_max_distance=9)
     source, x = rng.normal(size=(1, 7, 24)).astype(np.float32), rng.normal(size=(1, 5, 24)).astype(np.float32)
     source_segments = np.array([[1, 1, 1, 1, 1, 0, 0]])
     e, d = model.Transformer(encoder), model.Transformer(decoder)
@@ -238,15 +246,15 @@ def test_encoder_decoder_equals_naive():
     encoded, _, _ = jax.jit(e.apply)({"params": ep}, source, segment_ids_BT=jnp.asarray(source_segments))
     got, _, _ = jax.jit(d.apply)({"params": dp}, x, context_BSD=encoded,
                                  context_segment_ids_BS=jnp.asarray(source_segments))
-    ep, dp = naive._float64(ep), naive._float64(dp)
+    dp32, ep, dp = dp, naive._float64(ep), naive._float64(dp)
     want_encoded = naive.stack(encoder, ep, list(source[0].astype(float)), segments=source_segments[0])
     want = naive.stack(decoder, dp, list(x[0].astype(float)), context=want_encoded, context_segments=source_segments[0])
     np.testing.assert_allclose(got[0], np.stack(want), **TOLERANCE)
-    # Step by step with a cache, as decoding does.
-    cache, steps = model.Cache.empty(decoder, 1, 8), []
+    # Step by step with a cache, as decoding does: of the source, keys and values are made once.
+    context = jax.jit(functools.partial(d.apply, method="context"))({"params": dp32}, encoded, jnp.asarray(source_segments))
+    cache, steps = model.Cache.empty(decoder, 1, 8)._replace(context=context), []
     for t in range(5):
-        out, cache, _ = jax.jit(d.apply)({"params": dp}, x[:, t : t + 1], context_BSD=encoded, cache=cache,
-                                         context_segment_ids_BS=jnp.asarray(source_segments))
+        out, cache, _ = jax.jit(d.apply)({"params": dp32}, x[:, t : t + 1], cache=cache)
         steps.append(out[0, 0])
     np.testing.assert_allclose(np.stack(steps), got[0], rtol=1e-4, atol=1e-4)
     # Two pairs packed into one row: each segment sees the source of its own.

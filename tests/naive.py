@@ -61,7 +61,21 @@ def rope(a, local, x, position):
     return x
 
 
-def attention(a, p, xs, sources, sees, positions, local, cross):
+def relative_bucket(a, ahead):
+    """Returns which of the buckets a key has that is so many places ahead of its query (arXiv:1910.10683, 2.1)."""
+    count, first = a.relative_buckets, 0
+    if not a.causal:
+        count //= 2
+        first = count if ahead > 0 else 0
+        ahead = -abs(ahead)
+    away = max(-ahead, 0)
+    if away < count // 2:
+        return first + away
+    share = math.log(away / (count // 2)) / math.log(a.relative_max_distance / (count // 2))
+    return first + min(count // 2 + int(share * (count - count // 2) + 1e-9), count - 1)
+
+
+def attention(a, p, xs, sources, sees, positions, local, cross, relative=None):
     """One sublayer over a list of vectors; `sees(t, s)` says which source each query may look at."""
     scale = a.attention_scale or a.head_dim ** -0.5
     project = lambda x, w, b: np.tensordot(x, p[w], 1) + p.get(b, 0)
@@ -84,6 +98,8 @@ def attention(a, p, xs, sources, sees, positions, local, cross):
                 scores = np.array([turn(q[t][n, g], t) @ turn(k[s][n], s) * scale for s in keys])
                 if a.attention_softcap:
                     scores = a.attention_softcap * np.tanh(scores / a.attention_softcap)
+                if relative is not None and not cross:
+                    scores = scores + [relative[relative_bucket(a, s - t), n, g] for s in keys]
                 e = np.exp(scores - scores.max())
                 heads[n, g] = sum(w * v[s][n] for w, s in zip(e / e.sum(), keys))
         outs.append(np.tensordot(heads, p["wo"], 3) + p.get("o_bias", 0))
@@ -145,7 +161,8 @@ def stack(a, p, xs, segments=None, positions=None, prefix=None, context=None, co
             return [norm(a, n, y) for y in ys] if a.norm_position == "post" else ys
 
         entered = xs
-        xs = sublayer(xs, "attention", lambda v: attention(a, layer["attention"], v, v, sees, positions, local, False))
+        xs = sublayer(xs, "attention", lambda v: attention(a, layer["attention"], v, v, sees, positions, local, False,
+                                                         p.get("relative_bias")))
         if a.cross_attention:
             xs = sublayer(xs, "cross", lambda v: attention(a, layer["cross"], v, context, cross_sees, None, local, True))
         mix = lambda v: moe(a, layer["moe"], v, segments) if "moe" in layer else [mlp(a, layer["mlp"], x) for x in v]
@@ -169,6 +186,7 @@ def logits(a, p, tokens, segments=None, positions=None, **kwargs):
             x = x + p["embed"]["types"][0]
         xs.append(norm(a, p["embed"]["norm"], x) if a.embed_norm else x)
     xs = stack(a, p["transformer"], xs, segments, positions, **kwargs)
+    xs = [x * a.logit_scale for x in xs]
     table = p["embed"]["tokens" if a.tie_embeddings else "head"]
     if a.head_transform:
         e = p["embed"]

@@ -102,7 +102,11 @@ def load(config, tokenizer=None, layout: Layout | None = None) -> Objective:
         if kind in (bool, int, float, str) and not right:
             raise UserError(f"config.objective_args.{name}={value!r}: expected {kind.__name__}, such as "
                             f"{known[name]!r}")
-    return cls(config, tokenizer, layout, **config.objective_args)
+    objective = cls(config, tokenizer, layout, **config.objective_args)
+    if config.encoder and not hasattr(objective, "encoder"):
+        raise UserError(f"config.encoder is set ({', '.join(config.encoder)}), and {config.objective} has one stack, "
+                        "config.model: leave it out")
+    return objective
 
 
 def uniform(seeds: np.ndarray, count: int) -> np.ndarray:
