@@ -1,15 +1,19 @@
-"""Turns documents into a folder of tokenized, memory-mapped shards with a manifest.
+"""Turns documents into a folder of tokenized, memory-mapped shards with a manifest, or records into one of examples.
 
 Sources are JSONL (.jsonl, also .gz or .zst), Parquet, plain text (.txt, .md) and
 catalogue:NAME; formats may be mixed. Exact duplicates and empty documents are dropped and
 counted; the held-out split is chosen by a hash of the text. The folder appears whole or not at all,
 and one that was made before from the same sources is used again, after a check of its files.
 
+With --examples the records of JSONL, Parquet or the catalogue stay apart and whole, labels and all, for objectives
+that read separate examples. Nothing is tokenized: the tokenizer is the one that a run of them takes if it names none.
+
 Exit code 69: catalogue data that is not in the cache could not be downloaded.
 
 Examples:
   python -m fm_jax.prepare --source 'texts/*.jsonl' --tokenizer sentencepiece:8192 --output data/x
   python -m fm_jax.prepare --source catalogue:wikipedia_introductions --tokenizer bytes --output data/wiki
+  python -m fm_jax.prepare --examples --source x.jsonl --tokenizer runs/base/tokenizer --output data/topics
 """
 
 import os
@@ -24,16 +28,22 @@ def _flags(fv):
     text = lambda name, default, about: flags.DEFINE_string(name, default, about, flag_values=fv)
     number = lambda name, default, about: flags.DEFINE_integer(name, default, about, flag_values=fv)
     text("source", None, "Comma-separated globs of files, and catalogue:NAME.")
-    text("tokenizer", None, "A path (SentencePiece .model, tokenizer.json, or a folder with one), bytes, or "
-         "sentencepiece:VOCAB_SIZE to train one on the train split.")
+    flags.DEFINE_boolean("examples", False, "Keep the records apart, each an example with all its fields.",
+                         flag_values=fv)
+    text("tokenizer", "", "A path (SentencePiece .model, tokenizer.json, or a folder with one), bytes, or "
+         "sentencepiece:VOCAB_SIZE to train one on the train split. Examples without text need none.")
     text("output", None, "Folder to make.")
-    text("text_key", "text", "Field of JSONL objects, or column of Parquet, that holds the text.")
+    text("text_key", "text", "Field of JSONL objects, or column of Parquet, that holds the text. Of examples, the fields, "
+         "comma-separated, that sentencepiece: learns from.")
     text("document_separator", "", r"Cuts plain text (.txt, .md), such as '\n\n'; default: a file is one document.")
     flags.DEFINE_float("validation_frac", 0.02, "Part of the documents that is held out.", flag_values=fv)
+    text("validation_source", "", "Of examples, the held-out ones, as --source; instead of a --validation_frac.")
+    text("split_by", "", "Of examples, comma-separated fields: those equal in them are all held out or none; default: "
+         "all fields.")
     text("licence", "", "Recorded in the manifest; default: what the catalogue says.")
     number("shard_tokens", 100_000_000, "Most tokens of a shard.")
     number("workers", os.cpu_count(), "Processes that tokenize; the result does not depend on it.")
-    for name in ("source", "tokenizer", "output"):
+    for name in ("source", "output"):
         flags.mark_flag_as_required(name, fv)
 
 
@@ -42,17 +52,27 @@ def main(args):
 
     from tqdm import tqdm
 
-    from fm_jax.data import catalogue, documents, prepared
+    from fm_jax.data import catalogue, documents, examples, prepared
+    from fm_jax.errors import UserError
 
+    if not args.examples:
+        for name, value in (("validation_source", args.validation_source), ("split_by", args.split_by)):
+            if value:
+                raise UserError(f"--{name}={value} is for --examples; held-out text comes from a folder of its own, "
+                                "prepared with --validation_frac=1")
+        if not args.tokenizer:
+            raise UserError("--tokenizer is needed to pack text: a path, bytes, or sentencepiece:VOCAB_SIZE")
     cache = os.environ.get("FM_JAX_CACHE", catalogue.DEFAULT_CACHE)
     # A shell passes \n as two characters.
     separator = args.document_separator.replace(r"\n", "\n").replace(r"\t", "\t")
+    open_sources = lambda spec: documents.open_sources(spec, text_key=args.text_key, separator=separator, cache=cache)
     try:
-        sources = documents.open_sources(args.source, text_key=args.text_key, separator=separator, cache=cache)
+        sources = open_sources(args.source)
+        held_out = open_sources(args.validation_source) if args.validation_source else []
     except catalogue.DownloadError as error:
         print(f"error: {error}", file=sys.stderr)
         return 69   # EX_UNAVAILABLE of sysexits.h: launch/quickstart.sh takes other data then, and only then
-    for source in sources:
+    for source in sources + held_out:
         if source.licence:
             print(f"{source.name}: {source.licence}")
     began, bars = time.monotonic(), {}
@@ -63,10 +83,15 @@ def main(args):
         bars[stage].update(count)
 
     try:
-        manifest, reused = prepared.prepare(
-            sources, args.tokenizer, args.output, text_key=args.text_key, separator=separator,
-            validation_frac=args.validation_frac, shard_tokens=args.shard_tokens, licence=args.licence,
-            workers=args.workers, progress=progress)
+        if args.examples:
+            manifest, reused = examples.prepare(
+                sources, args.output, tokenizer=args.tokenizer, text_key=args.text_key, validation_sources=held_out,
+                validation_frac=args.validation_frac, split_by=args.split_by, licence=args.licence, progress=progress)
+        else:
+            manifest, reused = prepared.prepare(
+                sources, args.tokenizer, args.output, text_key=args.text_key, separator=separator,
+                validation_frac=args.validation_frac, shard_tokens=args.shard_tokens, licence=args.licence,
+                workers=args.workers, progress=progress)
     finally:
         for bar in bars.values():
             bar.close()
@@ -77,6 +102,14 @@ def main(args):
 def _summary(manifest, output, reused, seconds):
     lines = [f"{output}: already prepared from the same sources, used as it is" if reused else
              f"{output}: prepared in {seconds:.1f} s"]
+    if manifest["kind"] == "examples":
+        lines += [f"  {split:<11}{entry['examples']:>10,} examples  {entry['bytes'] / 1e6:>9,.2f} MB"
+                  for split, entry in manifest["splits"].items()]
+        lines.append(f"  dropped    {manifest['examples_duplicate']:>10,} duplicates "
+                     f"{manifest['examples_empty']:>9,} empty {manifest['examples_also_held_out']:>9,} also held out")
+        lines += [f"  {field}: {len(values)} values: {', '.join(map(str, values[:8]))}{', ...' * (len(values) > 8)}"
+                  for field, values in manifest["values"].items()]
+        return "\n".join([*lines, f"  licence: {manifest['licence']}"])
     for split, entry in manifest["splits"].items():
         ratio = entry["bytes"] / max(entry["tokens"], 1)
         lines.append(f"  {split:<11}{entry['documents']:>10,} documents  {entry['tokens']:>13,} tokens  "

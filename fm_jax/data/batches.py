@@ -2,7 +2,8 @@
 
 The data state of a run is its step: resuming is starting at a step, and any number of hosts see
 rows of one and the same global batch. Nothing here knows about tokens: records come from
-sources (`mixture.py`), examples from the objective.
+sources (`mixture.py`), of packed text or of separate examples as the objective reads, and examples
+from the objective.
 
 Try:  python -m fm_jax.train --config configs/causal_lm.py:small --workdir runs/x
 """
@@ -13,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from fm_jax import tokenizer as tokenizers
+from fm_jax.data.examples import Examples
 from fm_jax.data.mixture import InOrder, Mixture, hash_ints
-from fm_jax.data.prepared import Rows, read_manifest, trained_and_held_out
+from fm_jax.data.prepared import KINDS, Rows, read_manifest, trained_and_held_out
 from fm_jax.errors import UserError, choose
 
 _HELD_OUT_SEED = 2 ** 32    # no run's, so that every run is scored on the same examples
@@ -64,15 +66,19 @@ def open_batches(config, objective, *, split: str = "train", rows=None) -> Batch
     over the whole.
 
     Raises:
-      UserError: missing or damaged data, another tokenizer than the run's, fewer rows than one batch, held-out
-        documents that are trained on.
+      UserError: missing or damaged data, of another kind than `objective.reads`, another tokenizer than the run's,
+        fewer rows than one batch, held-out documents that are trained on.
     """
     choose(split, ("train", "validation"), "split")
     train, held_out = mixtures(config)
     mixture = train if split == "train" else held_out
+    kind = choose(objective.reads, KINDS, "`reads` of the objective")
+    for folder, _ in train + held_out:
+        read_manifest(folder, kind)
     _check_held_out(train, held_out)
-    sources = [Rows(folder, split, config.seq_len) for folder, _ in mixture]
-    _check_tokenizers(config, sources)
+    sources = [_open(folder, split, kind, config.seq_len) for folder, _ in mixture]
+    if kind == "packed":    # of separate examples the run's own tokenizer makes tokens
+        _check_tokenizers(config, sources)
     shared = dict(batch_size=config.batch_size, rows=rows, prefetch_batches=config.data.prefetch_batches)
     if split == "validation":
         examples = InOrder(sources, config.eval.batches * config.batch_size or None)
@@ -80,25 +86,29 @@ def open_batches(config, objective, *, split: str = "train", rows=None) -> Batch
         return Batches(examples, objective, num_batches=count, seed=_HELD_OUT_SEED, train=False, **shared)
     examples = Mixture(sources, [weight for _, weight in mixture], config.seed)
     if examples.examples_per_epoch < config.batch_size:
-        raise UserError(f"--config.data.train={config.data.train} has {examples.examples_per_epoch} rows of "
-                        f"{config.seq_len} tokens, fewer than one batch of {config.batch_size}: prepare more text, or "
-                        f"set a smaller --config.batch_size or --config.seq_len")
+        what, remedy = ("examples", "") if kind == "examples" else (
+            f"rows of {config.seq_len} tokens", " or --config.seq_len")
+        raise UserError(f"--config.data.train={config.data.train} has {examples.examples_per_epoch} {what}, fewer than "
+                        f"one batch of {config.batch_size}: prepare more, or set a smaller --config.batch_size{remedy}")
     return Batches(examples, objective, num_batches=None, seed=config.seed, **shared)
 
 
 def examples_per_epoch(config) -> int:
-    """Returns the number of training rows, of all folders of the mixture together."""
-    mixture = parse_mixture(config.data.train, "data.train")
-    return sum(len(Rows(folder, "train", config.seq_len)) for folder, _ in mixture)
+    """Returns the number of training rows or examples, of all folders of the mixture together."""
+    return sum(len(_open(folder, "train", read_manifest(folder)["kind"], config.seq_len))
+               for folder, _ in parse_mixture(config.data.train, "data.train"))
 
 
-def load_tokenizer(config) -> tokenizers.Tokenizer:
-    """Returns the run's tokenizer: `config.data.tokenizer`, or else the one stored with the training data."""
+def _open(folder, split, kind, seq_len):
+    return Examples(folder, split) if kind == "examples" else Rows(folder, split, seq_len)
+
+
+def load_tokenizer(config) -> tokenizers.Tokenizer | None:
+    """Returns the run's tokenizer: `config.data.tokenizer`, or else the one stored with the training data, if any."""
     folder = parse_mixture(config.data.train, "data.train")[0][0]
     if config.data.tokenizer:
         return tokenizers.load(config.data.tokenizer)
-    read_manifest(folder)
-    return tokenizers.load(Path(folder) / "tokenizer")
+    return tokenizers.load(Path(folder) / "tokenizer") if read_manifest(folder)["tokenizer"] else None
 
 
 def fingerprints(config) -> dict[str, str]:
@@ -138,7 +148,8 @@ def _check_held_out(train, held_out):
     for ours, _ in train:
         for theirs, _ in held_out:
             if shared := trained_and_held_out(ours, theirs):
-                raise UserError(f"{shared} documents that {theirs} holds out are trained on in {ours}: prepare them "
+                what = KINDS[read_manifest(ours)["kind"]].split()[-1].replace("text", "documents")
+                raise UserError(f"{shared} {what} that {theirs} holds out are trained on in {ours}: prepare them "
                                 f"with the same --validation_frac")
 
 

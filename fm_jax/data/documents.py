@@ -1,4 +1,4 @@
-"""Documents from JSONL, Parquet and plain-text files, and from the catalogue, as one stream of strings.
+"""Documents from JSONL, Parquet and plain-text files, and from the catalogue, as one stream of strings or records.
 
 Every fault of an input is one `UserError` that names file and line.
 
@@ -31,12 +31,14 @@ class Source:
       size_bytes, sha256: of the file as stored.
       licence: as far as it is known; else "".
       texts: returns a fresh iterator over the documents.
+      records: returns one over (place, dict), the whole records; a place is what an error calls a record.
     """
     name: str
     size_bytes: int
     sha256: str
     licence: str
     texts: Callable[[], Iterator[str]]
+    records: Callable[[], Iterator[tuple[str, dict]]]
 
 
 def open_sources(spec: str, *, text_key: str = "text", separator: str = "",
@@ -60,12 +62,15 @@ def open_sources(spec: str, *, text_key: str = "text", separator: str = "",
             entry = catalogue.find(item.removeprefix("catalogue:"))
             archive = catalogue.fetch(entry, cache)
             sources[item] = Source(item, archive.size_bytes, archive.sha256, entry.licence,
-                                   functools.partial(entry.texts, archive))
+                                   functools.partial(entry.texts, archive),
+                                   functools.partial(_catalogue_records, item, entry, archive))
             continue
         for path in _matches(item):
-            reader = functools.partial(_reader(path), path, text_key, separator)
+            texts, records = _readers(path)
             try:
-                sources[path] = Source(path, os.path.getsize(path), _file_sha256(path), "", reader)
+                sources[path] = Source(path, os.path.getsize(path), _file_sha256(path), "",
+                                       functools.partial(texts, path, text_key, separator),
+                                       functools.partial(records, path))
             except OSError as error:
                 raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if not sources:
@@ -94,15 +99,25 @@ def _matches(pattern):
     raise UserError(f"--source: {pattern!r} matches no file ({hint})")
 
 
-def _reader(path):
+def _readers(path):
+    """Returns what yields the texts of a file, and what its records."""
     stem = path.lower().removesuffix(".gz").removesuffix(".zst")
-    for reader, endings in ((_jsonl, (".jsonl", ".ndjson")), (_plain, (".txt", ".md")), (_parquet, (".parquet",))):
-        if stem.endswith(endings) and (reader is not _parquet or stem == path.lower()):
-            return reader
+    for *readers, endings in ((_jsonl, _jsonl_records, (".jsonl", ".ndjson")), (_plain, _plain_records, (".txt", ".md")),
+                              (_parquet, _parquet_records, (".parquet",))):
+        if stem.endswith(endings) and (readers[0] is not _parquet or stem == path.lower()):
+            return readers
     raise UserError(f"--source: {path!r} is of no known kind (.jsonl, .txt, .md, each also with .gz or .zst; .parquet)")
 
 
 def _jsonl(path, text_key, separator):
+    for place, record in _jsonl_records(path):
+        if text_key not in record:
+            raise UserError(f"{place}: no key {text_key!r} (keys here: {', '.join(map(str, record)) or 'none'}); set "
+                            "--text_key")
+        yield _checked(record[text_key], text_key, place)
+
+
+def _jsonl_records(path):
     for number, (offset, line) in enumerate(_split(path, b"\n"), 1):
         if not line.strip():
             continue
@@ -119,10 +134,16 @@ def _jsonl(path, text_key, separator):
             raise UserError(f"{path}, line {number}: nested too deep to be read; flatten it") from error
         if not isinstance(record, dict):
             raise UserError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}")
-        if text_key not in record:
-            raise UserError(f"{path}, line {number}: no key {text_key!r} (keys here: "
-                            f"{', '.join(map(str, record)) or 'none'}); set --text_key")
-        yield _checked(record[text_key], text_key, f"{path}, line {number}")
+        yield f"{path}, line {number}", record
+
+
+def _plain_records(path):
+    raise UserError(f"{path}: plain text has no records; --examples takes .jsonl, .parquet and catalogue:NAME")
+
+
+def _catalogue_records(name, entry, archive):
+    for number, record in enumerate(entry.records(archive), 1):
+        yield f"{name}, record {number}", record
 
 
 def _plain(path, text_key, separator):
@@ -133,6 +154,11 @@ def _plain(path, text_key, separator):
 
 
 def _parquet(path, text_key, separator):
+    for place, record in _parquet_records(path, text_key):
+        yield _checked(record[text_key], text_key, place)
+
+
+def _parquet_records(path, column=None):
     try:
         import pyarrow
         import pyarrow.parquet
@@ -141,13 +167,13 @@ def _parquet(path, text_key, separator):
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if text_key not in file.schema_arrow.names:
-                raise UserError(f"{path}: no column {text_key!r} (columns: {', '.join(file.schema_arrow.names)}); "
+            if column is not None and column not in file.schema_arrow.names:
+                raise UserError(f"{path}: no column {column!r} (columns: {', '.join(file.schema_arrow.names)}); "
                                 f"set --text_key")
-            for batch in file.iter_batches(columns=[text_key]):
-                for value in batch.column(0).to_pylist():
+            for batch in file.iter_batches(columns=None if column is None else [column]):
+                for record in batch.to_pylist():
                     row += 1
-                    yield _checked(value, text_key, f"{path}, row {row}")
+                    yield f"{path}, row {row}", record
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno:   # Arrow reports broken files as OSError without errno
             raise

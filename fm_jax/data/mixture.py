@@ -1,8 +1,8 @@
 """From the number of an example to its source, epoch and row, by arithmetic alone.
 
 Nothing is drawn, buffered or remembered, so any example of any epoch is found at once, on any
-host. A source is any object with `__len__` and `__getitem__(int64 array [n]) -> {name: array
-[n, ...]}`; nothing here knows what the records are.
+host. A source is any object with `__len__` and `__getitem__(int64 array [n])`, which returns n
+records: {name: array [n, ...]}, or a list. Nothing here knows what the records are.
 
 Try:  python -c "import numpy as np; from fm_jax.data.mixture import permute; print(permute(np.arange(10), 10, 0))"
 """
@@ -54,19 +54,19 @@ class Mixture:
             row[of] = permute(within, self._sizes[s], hash_ints(self._seed, s, epoch[of]))
         return source, epoch, row
 
-    def __getitem__(self, index) -> dict[str, np.ndarray]:
+    def __getitem__(self, index) -> dict[str, np.ndarray] | list:
         """Returns the records of the examples `index` [n]."""
         source, _, row = self.locate(index)
         return _gather(self._sources, source, row)
 
 
 class InOrder:
-    """The records of `sources` once, one source after the other; beyond the end, records of zeros.
+    """The records of `sources` once, one source after the other; beyond the end, padding.
 
     With `limit`, only so many of them, evenly spaced over the whole, so that each source has its share.
 
-    A record of zeros is padding. Packed tokens say so by segment 0; a source whose records could be
-    all zeros gives them a field that is 1.
+    Padding is None in a list, and zeros in arrays. Packed tokens say so by segment 0; a source whose records could
+    be all zeros gives them a field that is 1.
     """
 
     def __init__(self, sources, limit: int | None = None):
@@ -78,12 +78,14 @@ class InOrder:
     def __len__(self):
         return self._len
 
-    def __getitem__(self, index) -> dict[str, np.ndarray]:
+    def __getitem__(self, index) -> dict[str, np.ndarray] | list:
         """Returns the records of the examples `index` [n]."""
         index = np.asarray(index, np.int64)
         place = np.minimum(index, len(self) - 1) * self._total // len(self)
         source = np.searchsorted(self._ends, place, "right")
         records = _gather(self._sources, source, place - np.concatenate([[0], self._ends])[source])
+        if isinstance(records, list):
+            return [None if beyond else record for record, beyond in zip(records, index >= len(self))]
         for values in records.values() if (index >= len(self)).any() else ():
             values[index >= len(self)] = 0
         return records
@@ -163,8 +165,13 @@ def _gather(sources, source, row):
         return sources[0][row]
     out = {}
     for s in np.unique(source):
-        of = source == s
-        for name, values in sources[s][row[of]].items():
+        of, records = source == s, sources[s][row[source == s]]
+        if isinstance(records, list):
+            out = out or [None] * len(source)
+            for place, record in zip(np.flatnonzero(of), records):
+                out[place] = record
+            continue
+        for name, values in records.items():
             if name not in out:
                 out[name] = np.zeros((len(source), *values.shape[1:]), values.dtype)
             out[name][of] = values

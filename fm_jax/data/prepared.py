@@ -49,6 +49,7 @@ from fm_jax.errors import UserError, choose
 
 FORMAT = 2
 SPLITS = ("train", "validation")
+KINDS = {"packed": "packed text", "examples": "separate examples"}
 _BUCKETS = 128          # spool files: a corpus of 100 GB sorts in 0.8 GB of memory; open files stay below 256
 _CHUNK_BYTES = 1 << 20  # text handed to a worker at once
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
@@ -74,12 +75,10 @@ def prepare(sources: list[Source], tokenizer: str, output, *, text_key: str = "t
     Raises:
       UserError: see the manual of the command; the output holds other data, or damaged; no space.
     """
-    output = Path(output)
-    if not 0 <= validation_frac <= 1:
-        raise UserError(f"--validation_frac={validation_frac} must be from 0 (nothing is held out) to 1 (everything)")
+    check_frac(validation_frac)
     if shard_tokens < 1 or workers < 1:
         raise UserError(f"--shard_tokens={shard_tokens} and --workers={workers} must be positive")
-    vocab_size, trained = _trained_vocab(tokenizer)
+    vocab_size, trained = trained_vocab(tokenizer)
     request = {
         "format": FORMAT,
         "sources": sorted([os.path.basename(s.name), s.size_bytes, s.sha256] for s in sources),
@@ -87,13 +86,8 @@ def prepare(sources: list[Source], tokenizer: str, output, *, text_key: str = "t
         "tokenizer": trained or tokenizers.load(tokenizer).fingerprint,
         "validation_frac": validation_frac, "shard_tokens": shard_tokens,
     }
-    fingerprint = hashlib.sha256(json.dumps(request).encode()).hexdigest()
-    if output.exists():
-        return _reuse(output, request, licence), True
-    partial = output.parent / f".{output.name}.partial-{platform.node()}-{os.getpid()}"
-    try:
-        _remove_leftovers(partial)
-        partial.mkdir(parents=True)
+
+    def write(partial):
         spool = _Spool(partial / "spool", sources, validation_frac, progress)
         if vocab_size:
             texts = (data.decode() for _, data in spool.documents("train"))
@@ -103,15 +97,40 @@ def prepare(sources: list[Source], tokenizer: str, output, *, text_key: str = "t
         made = tokenizers.load(partial / "tokenizer")
         splits = {split: _write_split(partial, split, spool, made, shard_tokens, workers, progress) for split in SPLITS}
         shutil.rmtree(partial / "spool")
-        manifest = {
-            "format": FORMAT, "fingerprint": fingerprint, "request": request,
-            "licence": licence or ", ".join(sorted({s.licence for s in sources if s.licence})) or "unknown",
-            "sources": [{"name": s.name, "size_bytes": s.size_bytes, "sha256": s.sha256, "licence": s.licence}
-                        for s in sources],
+        return {
             "tokenizer": {"fingerprint": made.fingerprint, "vocab_size": made.vocab_size},
             "token_dtype": _token_dtype(made).str,
             "documents_read": spool.read, "documents_empty": spool.empty, "documents_duplicate": spool.duplicate,
             "splits": splits,
+        }
+
+    return make_folder(output, "packed", request, sources, licence, write)
+
+
+def make_folder(output, kind: str, request: dict, sources: list[Source], licence: str,
+                write: Callable[[Path], dict]) -> tuple[dict, bool]:
+    """Returns the manifest of the prepared folder `output` and whether it was already there, made by an equal request.
+
+    `write` fills an empty folder and returns what the manifest says beside its kind, fingerprint, request, licence,
+    sources and the table of files.
+
+    Raises:
+      UserError: the output holds other data, or damaged; no space.
+    """
+    output = Path(output)
+    if output.exists():
+        return _reuse(output, kind, request, licence), True
+    partial = output.parent / f".{output.name}.partial-{platform.node()}-{os.getpid()}"
+    try:
+        _remove_leftovers(partial)
+        partial.mkdir(parents=True)
+        manifest = {
+            "format": FORMAT, "kind": kind, "fingerprint": hashlib.sha256(json.dumps(request).encode()).hexdigest(),
+            "request": request,
+            "licence": licence or ", ".join(sorted({s.licence for s in sources if s.licence})) or "unknown",
+            "sources": [{"name": s.name, "size_bytes": s.size_bytes, "sha256": s.sha256, "licence": s.licence}
+                        for s in sources],
+            **write(partial),
             "files": _file_table(partial),
         }
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -127,11 +146,18 @@ def prepare(sources: list[Source], tokenizer: str, output, *, text_key: str = "t
     return manifest, False
 
 
-def read_manifest(folder) -> dict:
+def check_frac(validation_frac: float) -> None:
+    """Returns nothing. Raises UserError where it is no part of the data."""
+    if not 0 <= validation_frac <= 1:
+        raise UserError(f"--validation_frac={validation_frac} must be from 0 (nothing is held out) to 1 (everything)")
+
+
+def read_manifest(folder, kind: str | None = None) -> dict:
     """Returns the manifest of a prepared folder after checking that every file is there in its full size.
 
     Raises:
-      UserError: no such folder, not a prepared one, of another format, or a file missing or cut short.
+      UserError: no such folder, not a prepared one, of another format, or a file missing or cut short; not of the
+        `kind` ("packed", "examples") that is needed.
     """
     folder = Path(folder)
     path = folder / "manifest.json"
@@ -149,6 +175,10 @@ def read_manifest(folder) -> dict:
     if manifest.get("format") != FORMAT:
         raise UserError(f"{folder}: prepared in format {manifest.get('format')}, this version reads {FORMAT}: "
                         f"prepare it again")
+    manifest.setdefault("kind", "packed")   # folders made before there were others
+    if kind not in (None, manifest["kind"]):
+        raise UserError(f"{folder} holds {KINDS[manifest['kind']]}, and what reads it takes {KINDS[kind]}: prepare it "
+                        f"{'with' if kind == 'examples' else 'without'} --examples, or set another --config.objective")
     for name, entry in manifest["files"].items():
         file = folder / name
         size = file.stat().st_size if file.is_file() else None
@@ -168,7 +198,7 @@ def verify(folder) -> None:
 
 def texts(folder, split: str) -> Iterator[str]:
     """Yields the documents of a split in its order: the held-out ones as they were, the others from their tokens."""
-    manifest, folder = read_manifest(folder), Path(folder)
+    manifest, folder = read_manifest(folder, "packed"), Path(folder)
     if choose(split, SPLITS, "split") == "validation":
         with gzip.open(folder / "validation" / "text.jsonl.gz", "rt", encoding="utf-8") as file:
             for line in file:
@@ -185,12 +215,42 @@ def texts(folder, split: str) -> Iterator[str]:
 
 
 def trained_and_held_out(train_folder, held_out_folder) -> int:
-    """Returns how many held-out documents of the second folder are in the train split of the first."""
-    fractions = [read_manifest(folder)["request"]["validation_frac"] for folder in (train_folder, held_out_folder)]
-    if fractions[1] <= fractions[0]:    # held out there is held out here
+    """Returns how many held-out documents, or examples, of the second folder are in the train split of the first."""
+    ours, theirs = (read_manifest(folder)["request"] for folder in (train_folder, held_out_folder))
+    if ours.get("split_by") != theirs.get("split_by"):
+        raise UserError(f"{held_out_folder} was split by {theirs.get('split_by')!r} and {train_folder} by "
+                        f"{ours.get('split_by')!r}, so that nobody knows what is in both: prepare them with the same "
+                        "--split_by")
+    fractions = [request["validation_frac"] for request in (ours, theirs)]
+    if None not in fractions and fractions[1] <= fractions[0]:    # held out there is held out here
         return 0
     digests = lambda folder, split: np.fromfile(Path(folder, split, "digests.uint64"), "<u8")
     return int(np.isin(digests(held_out_folder, "validation"), digests(train_folder, "train")).sum())
+
+
+def open_split(folder, split: str, kind: str) -> tuple[dict, dict]:
+    """Returns the manifest of a prepared folder of this kind and its part on a split. Raises UserError if that is empty."""
+    choose(split, SPLITS, "split")
+    manifest = read_manifest(folder, kind)
+    entry = manifest["splits"][split]
+    if not entry[{"packed": "documents", "examples": "examples"}[kind]]:
+        remedy = "smaller --validation_frac" if split == "train" else (
+            "larger --validation_frac, name other data in --config.data.validation, or set --config.eval.every=0")
+        raise UserError(f"{folder}: its {split} split is empty; prepare it with a {remedy}")
+    return manifest, entry
+
+
+def check_mapped(files) -> None:
+    """Raises UserError where a memory-mapped file is not what it was at the start: reading what it lost is a bus error."""
+    for file in files:
+        try:
+            size = os.stat(file.filename).st_size
+        except OSError as error:
+            raise UserError(f"{file.filename}: cannot be read any more ({error.strerror}); put the file back, and "
+                            "the same command continues") from error
+        if size < file.nbytes:
+            raise UserError(f"{file.filename}: has {size} bytes, and had {file.nbytes} when the run began; put the "
+                            "file back, and the same command continues")
 
 
 class Rows:
@@ -205,13 +265,8 @@ class Rows:
     """
 
     def __init__(self, folder, split: str, seq_len: int):
-        choose(split, SPLITS, "split")
-        manifest = read_manifest(folder)
-        entry, self.folder = manifest["splits"][split], Path(folder)
-        if not entry["documents"]:
-            remedy = "smaller --validation_frac" if split == "train" else (
-                "larger --validation_frac, name other data in --config.data.validation, or set --config.eval.every=0")
-            raise UserError(f"{folder}: its {split} split is empty; prepare it with a {remedy}")
+        manifest, entry = open_split(folder, split, "packed")
+        self.folder = Path(folder)
         self.seq_len, self.tokens = seq_len, entry["tokens"]
         self.tokenizer_fingerprint = manifest["tokenizer"]["fingerprint"]
         self._shards = [np.memmap(self.folder / s["file"], manifest["token_dtype"], "r") for s in entry["shards"]]
@@ -228,20 +283,9 @@ class Rows:
         """
         start = np.asarray(rows, np.int64) * self.seq_len
         ends = np.minimum(start + self.seq_len, self.tokens - 1)
-        self._check_files(np.unique(np.searchsorted(self._bounds, [start, ends], "right") - 1))
+        shards = np.unique(np.searchsorted(self._bounds, [start, ends], "right") - 1)
+        check_mapped([self._starts, *(self._shards[shard] for shard in shards)])
         return {"tokens": self._read(start), "segment_ids": self._segments(start)}
-
-    def _check_files(self, shards):
-        """Raises UserError where a file is not what it was at the start: reading what it lost is a bus error."""
-        for file in [self._starts, *(self._shards[shard] for shard in shards)]:
-            try:
-                size = os.stat(file.filename).st_size
-            except OSError as error:
-                raise UserError(f"{file.filename}: cannot be read any more ({error.strerror}); put the file back, and "
-                                "the same command continues") from error
-            if size < file.nbytes:
-                raise UserError(f"{file.filename}: has {size} bytes, and had {file.nbytes} when the run began; put the "
-                                "file back, and the same command continues")
 
     def _read(self, start):
         out = np.zeros((len(start), self.seq_len + 1), np.int32)
@@ -298,7 +342,7 @@ class _Spool:
                     if not text.strip():
                         self.empty += 1
                         continue
-                    digest = _digest(data)
+                    digest = digest_of(data)
                     file = files[digest[0] * _BUCKETS // 256]
                     file.write(_RECORD.pack(digest, len(data)))
                     file.write(data)
@@ -357,7 +401,7 @@ def _write_split(folder, split, spool, tokenizer, shard_tokens, workers, progres
             gzip.GzipFile("", "wb", 6, create("text.jsonl.gz"), mtime=0))
         for texts, tokens, lengths in _tokenized(spool.documents(split), folder / "tokenizer", tokenizer, workers):
             starts.write((position + np.cumsum(lengths) - lengths).astype("<i8").tobytes())
-            digests.write(np.array([int.from_bytes(_digest(t)[:8], "big") for t in texts], "<u8").tobytes())
+            digests.write(np.array([int.from_bytes(digest_of(t)[:8], "big") for t in texts], "<u8").tobytes())
             shards.add(tokens, lengths, np.array([len(t) for t in texts], np.int64))
             position += len(tokens)
             if raw:
@@ -371,10 +415,11 @@ def _write_split(folder, split, spool, tokenizer, shard_tokens, workers, progres
 
 def held_out(text: str, validation_frac: float) -> bool:
     """Returns whether `prepare` holds a document out."""
-    return int.from_bytes(_digest(text.encode())[:8], "big") < int(validation_frac * 2 ** 64)
+    return int.from_bytes(digest_of(text.encode())[:8], "big") < int(validation_frac * 2 ** 64)
 
 
-def _digest(data):
+def digest_of(data: bytes) -> bytes:
+    """Returns the 16 bytes of a document's hash, of which the first eight, big-endian, say what is held out."""
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
@@ -475,7 +520,7 @@ def _token_dtype(tokenizer):
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
-def _trained_vocab(tokenizer):
+def trained_vocab(tokenizer):
     """Returns (vocabulary size, what defines it) of "sentencepiece:SIZE", or (None, None)."""
     if not re.fullmatch("sentencepiece(:.*)?", tokenizer):
         return None, None
@@ -503,11 +548,13 @@ def _runs(process):
     return True
 
 
-def _reuse(output, request, licence):
+def _reuse(output, kind, request, licence):
     if not (output / "manifest.json").is_file():
         raise UserError(f"--output={output} exists and is no prepared data: choose another or remove it")
     manifest = read_manifest(output)
     differs = [k for k in request if request[k] != manifest["request"].get(k)]
+    if manifest["kind"] != kind:
+        differs = ["kind"]
     if licence and licence != manifest["licence"]:
         differs.append("licence")
     if differs:

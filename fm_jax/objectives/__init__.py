@@ -34,6 +34,7 @@ class Loss(NamedTuple):
 class Objective(Protocol):
     """What an objective supplies. Built as `cls(config, tokenizer, layout, **config.objective_args)`."""
 
+    reads: str                     # kind of data: "packed" rows of tokens, or separate "examples" (`data.examples`)
     predict: dict[str, Callable]   # named pure functions (params, inputs, ...) for evaluators, decoding, the server
     tokens_per_example: int        # for tokens/s
     flops_per_example: float       # of training, forward and backward, without recomputation: for MFU
@@ -42,7 +43,10 @@ class Objective(Protocol):
         """Returns names, shapes and dtypes of a batch; the leading axis of each is `batch_size`."""
 
     def examples(self, records: Any, seeds: np.ndarray, train: bool = True) -> dict[str, np.ndarray]:
-        """Returns n examples, each array [n, ...], from n raw records of a data source.
+        """Returns n examples, each array [n, ...], from n raw records of a data source of the kind that it `reads`.
+
+        Packed rows come as {name: array [n, ...]}, of zeros where they are padding; separate examples as a list of n
+        dicts, None where they are padding. Padding becomes an example of weight 0.
 
         Host side, NumPy only. `seeds` is uint64 [n]: all randomness of example i comes from seeds[i] (see `uniform`),
         so that a batch does not depend on how many hosts make it. One call makes many examples because a

@@ -30,6 +30,8 @@ class CausalLM:
     load_balance_loss, router_z_loss: weights of these losses of experts, summed over layers; see `model.Routing`.
     """
 
+    reads = "packed"
+
     def __init__(self, config, tokenizer=None, layout: Layout | None = None, *, z_loss=0.0, document_mask=True,
                  fim_rate=0.0, fim_spm_rate=0.5, load_balance_loss=0.0, router_z_loss=0.0):
         self.arch = Architecture(**config.model.to_dict())

@@ -30,6 +30,8 @@ class MaskedLM:
     z_loss: as of `causal_lm.CausalLM`.
     """
 
+    reads = "packed"
+
     def __init__(self, config, tokenizer=None, layout: Layout | None = None, *, mask_rate=0.15, masking="token",
                  mask_frac=0.8, random_frac=0.1, mask_id=-1, z_loss=0.0):
         self.arch = Architecture(**config.model.to_dict())

@@ -18,6 +18,8 @@ SEQ_LEN = 16
 class Plain:
     """The least objective: examples are the rows and their seeds."""
 
+    reads = "packed"
+
     def examples(self, records, seeds, train=True):
         return {**records, "seed": seeds, "train": np.full(len(seeds), train)}
 
@@ -195,6 +197,8 @@ def test_records_of_any_kind_can_be_mixed():
 
 def test_an_error_in_a_worker_thread_reaches_the_caller(folder):
     class Broken:
+        reads = "packed"
+
         def examples(self, records, seeds, train=True):
             raise UserError("no examples today")
 
