@@ -69,14 +69,13 @@ def _import(args):
 def _export(args):
     from fm_jax import checkpoint, hf, storage, tree
     from fm_jax import tokenizer as tokenizers
-    from fm_jax.architecture import Architecture
 
     config, _ = config_lib.load(f"{args.workdir}/config.json")
     with storage.local(args.workdir, "tokenizer") as files:
-        arch, tokenizer = Architecture(**config.model.to_dict()), tokenizers.load(files.path / "tokenizer")
-    family = hf.settings_of(arch, config.hf_family)["model_type"]   # before a large checkpoint is read
+        tokenizer = tokenizers.load(files.path / "tokenizer")
+    family = hf.settings_of(config)["model_type"]   # before a large checkpoint is read
     params = checkpoint.restore_params(args.workdir, args.step, ema=True)
-    note = hf.save(args.to_hf, arch, params, tokenizer, family=family)
+    note = hf.save(args.to_hf, config, params, tokenizer)
     print(f"{args.to_hf}: {tree.count(params):,} parameters as {family}; {note}")
 
 

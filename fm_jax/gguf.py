@@ -1,6 +1,6 @@
 """What a GGUF file holds, in the words of a Hugging Face folder: settings, tensors, tokenizer files. Layer 2.
 
-llama.cpp's format of one file, often quantised; `hf.py` reads it like a folder. Needs the package of
+llama.cpp's format of one file, often quantised; `hf` reads it like a folder. Needs the package of
 the same name (`pip install 'fm_jax[gguf]'`), which maps the file and dequantises.
 
     python -m fm_jax.convert --from_hf model.gguf --workdir runs/imported

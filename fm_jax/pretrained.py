@@ -65,7 +65,7 @@ def load_hf(folder, *, mesh: dict | None = None, dtype: str = "") -> "Pretrained
     there = hf.open_folder(folder)
     config, tokenizer = hf.read_config(there, dtype=dtype), hf.read_tokenizer(there)
     objective, abstract = _abstract(config, tokenizer, mesh)
-    return Pretrained(config, tokenizer, objective, hf.read_params(there, objective.arch, abstract))
+    return Pretrained(config, tokenizer, objective, hf.read_params(there, abstract))
 
 
 def _abstract(config, tokenizer, mesh):

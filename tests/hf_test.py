@@ -193,12 +193,15 @@ def folder(tmp_path, tokenizer_files):
 ARCH = Architecture(vocab_size=640, num_layers=1, embed_dim=8, num_heads=2, max_seq_len=8)
 
 
-def abstract_params(arch):
+def config_of(arch):
     config = config_lib.defaults()
-    config.model.update(vocab_size=arch.vocab_size, num_layers=arch.num_layers, embed_dim=arch.embed_dim,
-                        num_heads=arch.num_heads, max_seq_len=arch.max_seq_len)
+    config_lib.override(config, {f"model.{f}": getattr(arch, f) for f in config.model})
     config.seq_len = arch.max_seq_len
-    return sharding.unbox(jax.eval_shape(objectives.load(config).init, jax.random.key(0)))[0]
+    return config
+
+
+def abstract_params(arch):
+    return sharding.unbox(jax.eval_shape(objectives.load(config_of(arch)).init, jax.random.key(0)))[0]
 
 
 def tokens(n=2, length=19):
@@ -259,7 +262,7 @@ def test_a_mesh_gives_the_same_logits(mesh, folder):
 
 def test_settings_become_fields():
     """Each against the sentence of the family's documentation; the defaults are transformers' where a key lacks."""
-    read = lambda changes, family="llama": hf.architecture({"model_type": family, **changes}, "config.json")
+    read = lambda changes, family="llama": hf.model_of({"model_type": family, **changes}, "config.json").stacks["model"]
     a = read({})
     assert (a.vocab_size, a.embed_dim, a.mlp_dim, a.num_layers, a.num_kv_heads, a.head_dim) == (
         32000, 4096, 11008, 32, 32, 128)
@@ -350,7 +353,8 @@ def test_out_is_what_came_in(case, folder, tmp_path):
     """To the last bit of every tensor, and to the meaning of every setting."""
     c = CASES[case]
     lm = fm_jax.load(folder(c))
-    hf.save(tmp_path / "out", lm.objective.arch, numpy_params(lm), lm.tokenizer)
+    lm.config.hf_family = ""
+    hf.save(tmp_path / "out", lm.config, numpy_params(lm), lm.tokenizer)
     found = read_safetensors(tmp_path / "out" / "model.safetensors")
     assert found == {k: ("F32", a.shape, a.tobytes()) for k, a in weights(c).items()}
     family = c["model_type"] if case != "mistral global" else "llama"   # which it is, then
@@ -365,7 +369,7 @@ def test_out_is_what_came_in(case, folder, tmp_path):
 def test_several_files_hold_the_same(folder, tmp_path):
     arrays = {k: a.astype(jnp.bfloat16) for k, a in weights(LLAMA).items()}
     lm = fm_jax.load(folder(LLAMA, arrays))
-    hf.save(tmp_path / "out", lm.objective.arch, numpy_params(lm), lm.tokenizer, file_bytes=6000)
+    hf.save(tmp_path / "out", lm.config, numpy_params(lm), lm.tokenizer, file_bytes=6000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "out").glob("model-*.safetensors"))
     assert len(files) > 3 and index["metadata"]["total_size"] == sum(a.nbytes for a in arrays.values())
@@ -392,7 +396,7 @@ def test_several_files_hold_the_same(folder, tmp_path):
 def test_what_no_family_can_express_is_named(changes, message):
     small = dict(vocab_size=300, num_layers=2, embed_dim=24, num_heads=6)
     with pytest.raises(UserError, match=message):
-        hf.settings_of(Architecture(**small | changes))
+        hf.settings_of(config_of(Architecture(**small | changes)))
 
 
 @pytest.mark.parametrize("changes, family", [
@@ -401,20 +405,22 @@ def test_what_no_family_can_express_is_named(changes, message):
     ({"num_experts": 4}, "mixtral"), ({"num_experts": 4, "qk_norm": "head"}, "qwen3_moe")])
 def test_a_model_is_exported_as_the_first_family_that_can_express_it(changes, family):
     arch = Architecture(**dict(vocab_size=300, num_layers=2, embed_dim=24, num_heads=6) | changes)
-    assert hf.settings_of(arch)["model_type"] == family
+    config = config_of(arch)
+    assert hf.settings_of(config)["model_type"] == family
+    config.hf_family = "lama"
     with pytest.raises(UserError, match="hf_family: unknown 'lama'; did you mean 'llama'"):
-        hf.settings_of(arch, "lama")
+        hf.settings_of(config)
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(folder):
     path = folder(LLAMA)
     lm, before = fm_jax.load(path), sorted(p.name for p in path.iterdir())
     with pytest.raises(UserError, match="exists already and is not empty"):
-        hf.save(path, lm.objective.arch, numpy_params(lm), lm.tokenizer)
+        hf.save(path, lm.config, numpy_params(lm), lm.tokenizer)
     assert sorted(p.name for p in path.iterdir()) == before
     broken = tree.map_named(lambda n, a: a.astype(np.float64) if "norm" in n else a, numpy_params(lm))
     with pytest.raises(UserError, match="dtype: unknown dtype..float64"):
-        hf.save(path.parent / "new", lm.objective.arch, broken, lm.tokenizer)
+        hf.save(path.parent / "new", lm.config, broken, lm.tokenizer)
 
 
 def test_a_folder_is_written_whole_or_not_at_all(folder, tmp_path):
@@ -428,11 +434,11 @@ def test_a_folder_is_written_whole_or_not_at_all(folder, tmp_path):
             raise OSError(errno.ENOSPC, "No space left on device", "tokenizer.json")
 
     with pytest.raises(UserError, match="new: cannot be written .No space left on device: tokenizer.json"):
-        hf.save(tmp_path / "new", lm.objective.arch, numpy_params(lm), Full())
+        hf.save(tmp_path / "new", lm.config, numpy_params(lm), Full())
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be made"):
-        hf.save(tmp_path / "file" / "new", lm.objective.arch, numpy_params(lm), lm.tokenizer)
+        hf.save(tmp_path / "file" / "new", lm.config, numpy_params(lm), lm.tokenizer)
 
 
 # --- Tokenizers -----------------------------------------------------------------------------------------------------
@@ -451,7 +457,7 @@ def test_special_tokens_and_template_come_from_wherever_they_are(folder, tmp_pat
     (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "eos_token": "<|endoftext|>"}))
     assert hf.read_tokenizer(hf.open_folder(path)).bos_id is None   # said to be without one
     lm = fm_jax.load(path)
-    assert "chat template" in hf.save(tmp_path / "out", lm.objective.arch, numpy_params(lm), lm.tokenizer)
+    assert "chat template" in hf.save(tmp_path / "out", lm.config, numpy_params(lm), lm.tokenizer)
     assert hf.read_tokenizer(hf.open_folder(tmp_path / "out")).eos_id == 0
     (path / "tokenizer.json").unlink()
     refuses(path, "no tokenizer in this folder")
@@ -473,7 +479,7 @@ def test_our_own_tokenizers_become_a_tokenizer_json(kind, tmp_path):
     ours = tokenizers.load("bytes") if kind == "bytes" else tokenizers.train_sentencepiece(
         texts[0].splitlines(), 600, tmp_path / "trained")
     params = jax.tree.map(lambda p: np.zeros(p.shape, np.float32), abstract_params(ARCH))
-    assert hf.save(tmp_path / "out", ARCH, params, ours) == "tokenizer: tokenizer.json"
+    assert hf.save(tmp_path / "out", config_of(ARCH), params, ours) == "tokenizer: tokenizer.json"
     theirs = tokenizers.load(tmp_path / "out" / "tokenizer.json")
     assert (theirs.vocab_size, theirs.bos_id, theirs.eos_id, theirs.pad_id, theirs.fim_ids) == (
         ours.vocab_size, ours.bos_id, ours.eos_id, ours.pad_id, ours.fim_ids)
@@ -490,7 +496,7 @@ def test_a_sentencepiece_model_that_normalises_stays_one(tmp_path):
                                              vocab_size=400, minloglevel=2)
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
     params = jax.tree.map(lambda p: np.zeros(p.shape, np.float32), abstract_params(ARCH))
-    note = hf.save(tmp_path / "out", ARCH, params, tokenizers.load(tmp_path / "tokenizer.model"))
+    note = hf.save(tmp_path / "out", config_of(ARCH), params, tokenizers.load(tmp_path / "tokenizer.model"))
     assert "tokenizer.model alone" in note and not (tmp_path / "out" / "tokenizer.json").exists()
 
 
@@ -509,12 +515,11 @@ def test_a_family_is_what_transformers_computes(name, tmp_path):
     assert np.abs(expected["logits"]).max() > 3
     np.testing.assert_allclose(lm.hidden(expected["tokens"]), expected["hidden"], atol=2e-4)
     np.testing.assert_allclose(lm.logits(expected["tokens"]), expected["logits"], atol=2e-4)
-    hf.save(tmp_path / "back", lm.objective.arch, jax.tree.map(np.asarray, lm.params), lm.tokenizer,
-            family=lm.config.hf_family)
+    hf.save(tmp_path / "back", lm.config, jax.tree.map(np.asarray, lm.params), lm.tokenizer)
     assert read_safetensors(tmp_path / "back" / "model.safetensors") == read_safetensors(
         tmp_path / "there" / "model.safetensors")
     there, back = (json.loads((tmp_path / side / "config.json").read_text()) for side in ("there", "back"))
-    assert hf.architecture(back, "back") == lm.objective.arch
+    assert hf.model_of(back, "back") == hf.model_of(there, "there")
     assert (back["model_type"], back["architectures"]) == (there["model_type"], there["architectures"])
     if not lm.objective.arch.causal:
         with pytest.raises(UserError, match="masked_lm.MaskedLM, which cannot score texts; it has hidden, logits"):
@@ -552,7 +557,7 @@ def test_transformers_agrees_both_ways(case, transformers, tokenizer_files, tmp_
     logits = lambda model: model(torch.tensor(t)).logits.detach().numpy()
     np.testing.assert_allclose(lm.logits(t), logits(there), atol=2e-4)
 
-    hf.save(tmp_path / "back", lm.objective.arch, numpy_params(lm), lm.tokenizer)
+    hf.save(tmp_path / "back", lm.config, numpy_params(lm), lm.tokenizer)
     back, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert dict(back.named_parameters()).keys() == dict(there.named_parameters()).keys()
@@ -570,7 +575,7 @@ def test_transformers_opens_bfloat16(transformers, folder, tmp_path):
 
     arrays = {k: a.astype(jnp.bfloat16) for k, a in weights(LLAMA).items()}
     lm = fm_jax.load(folder(LLAMA, arrays))
-    hf.save(tmp_path / "out", lm.objective.arch, numpy_params(lm), lm.tokenizer, file_bytes=6000)
+    hf.save(tmp_path / "out", lm.config, numpy_params(lm), lm.tokenizer, file_bytes=6000)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.bfloat16
     for key, p in model.state_dict().items():
@@ -590,7 +595,7 @@ def test_our_own_models_open_in_transformers(changes, transformers, tokenizer_fi
     tokenizer = tokenizers.load(tokenizer_files)
     objective = objectives.load(config, tokenizer)
     params = sharding.unbox(objective.init(jax.random.key(0)))[0]
-    hf.save(tmp_path / "out", objective.arch, jax.tree.map(np.asarray, params), tokenizer)
+    hf.save(tmp_path / "out", config, jax.tree.map(np.asarray, params), tokenizer)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     got = model(torch.tensor(tokens())).logits.detach().numpy()
     np.testing.assert_allclose(got, objective.predict["logits"](params, tokens()), atol=2e-4)

@@ -90,14 +90,18 @@ def find(path: str) -> type:
     return getattr(module, class_name)
 
 
+def arguments(path: str) -> dict[str, Any]:
+    """Returns the `config.objective_args` that an objective takes, with their defaults. Raises UserError as `find`."""
+    return {p.name: p.default for p in inspect.signature(find(path)).parameters.values() if p.kind == p.KEYWORD_ONLY}
+
+
 def load(config, tokenizer=None, layout: Layout | None = None) -> Objective:
     """Returns the objective of a config.
 
     Raises:
       UserError: as `find`; no such argument, with the nearest name; one of another type than its default.
     """
-    cls = find(config.objective)
-    known = {p.name: p.default for p in inspect.signature(cls).parameters.values() if p.kind == p.KEYWORD_ONLY}
+    cls, known = find(config.objective), arguments(config.objective)
     for name, value in config.objective_args.items():
         choose(name, known, "config.objective_args")
         kind = type(known[name])

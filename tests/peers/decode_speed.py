@@ -79,7 +79,7 @@ def gpt2_like(folder):
     words = tokenizer.bpe_json({f"<{i}>": i for i in range(config.model.vocab_size)}, [], {0: "<0>"}, decoder=None)
     settings = {"bos_token": "<0>", "eos_token": "<0>"}
     named = tokenizer.HuggingFaceTokenizer(json.dumps(words).encode(), json.dumps(settings).encode(), "made up")
-    hf.save(folder, objective.arch, jax.device_get(params), named)
+    hf.save(folder, config, jax.device_get(params), named)
 
 
 def main():

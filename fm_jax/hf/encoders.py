@@ -1,0 +1,83 @@
+"""Families of encoders of text: BERT and those after it."""
+
+from fm_jax.hf.tables import Family, Row, weight_and_bias
+
+_OURS = "transformer.layers."
+
+
+def _encoder(prefix, layer, *, attention, attention_out, attention_norm, mlp, mlp_norm, head, types=True):
+    """Returns the rows of an encoder as BERT's: norms behind the sublayers, a projection and a norm before the logits.
+
+    layer: of the keys, {} the number; the others are keys below it: of queries, keys and values, of their output and
+    its norm, of the mlp's two projections and its norm. head: keys of the projection, the norm, the biases, the table.
+    """
+    at = lambda key: layer + key
+    rows = [Row(prefix + "embeddings.word_embeddings.weight", "V D", "embed.tokens", "VD"),
+            Row(prefix + "embeddings.position_embeddings.weight", "P D", "embed.positions", "PD")]
+    if types:
+        rows.append(Row(prefix + "embeddings.token_type_embeddings.weight", "Y D", "embed.types", "YD"))
+    rows += weight_and_bias(prefix + "embeddings.LayerNorm", "D", "embed.norm.scale", "D")
+    for one, q, key in zip("qkv", ("KGH", "KH", "KH"), attention):
+        rows += weight_and_bias(at(key), f"{q} D", f"{_OURS}attention.w{one}", f"D{q}",
+                                 (q, f"{_OURS}attention.{one}_bias", q))
+    rows += [*weight_and_bias(at(attention_out), "D KGH", _OURS + "attention.wo", "KGHD",
+                               ("D", _OURS + "attention.o_bias", "D")),
+             *weight_and_bias(at(attention_norm), "D", _OURS + "attention_norm.scale", "D"),
+             *weight_and_bias(at(mlp[0]), "F D", _OURS + "mlp.w_up", "DF", ("F", _OURS + "mlp.up_bias", "F")),
+             *weight_and_bias(at(mlp[1]), "D F", _OURS + "mlp.w_down", "FD", ("D", _OURS + "mlp.down_bias", "D")),
+             *weight_and_bias(at(mlp_norm), "D", _OURS + "mlp_norm.scale", "D")]
+    transform, norm, bias, table = head
+    return (*rows, *weight_and_bias(transform, "U D", "embed.transform", "DU", ("U", "embed.transform_bias", "U")),
+            *weight_and_bias(norm, "D", "embed.transform_norm.scale", "D"),
+            Row(bias, "V", "embed.head_bias", "V"), Row(table, "V D", "embed.head", "VD"))
+
+
+_BERT_FIXED = dict(causal=False, norm="layernorm", norm_bias=True, norm_position="post", final_norm=False,
+                   gated_mlp=False, qkv_bias=True, attention_out_bias=True, mlp_bias=True, position="learned",
+                   embed_norm=True, head_transform=True, tie_embeddings=True)
+_BERT_LAYER = dict(attention=[f"attention.self.{one}" for one in ("query", "key", "value")],
+                   attention_out="attention.output.dense", attention_norm="attention.output.LayerNorm",
+                   mlp=("intermediate.dense", "output.dense"), mlp_norm="output.LayerNorm")
+_BERT_SETTINGS = (
+    ("vocab_size", "vocab_size", 30522), ("hidden_size", "embed_dim", 768), ("num_hidden_layers", "num_layers", 12),
+    ("num_attention_heads", "num_heads", 12), ("intermediate_size", "mlp_dim", 3072),
+    ("hidden_act", "activation", "gelu"), ("type_vocab_size", "num_token_types", 2),
+    ("layer_norm_eps", "norm_eps", 1e-12))
+# Untied, transformers takes another bias of the logits too.
+_BERT = dict(only={"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False,
+                   "tie_word_embeddings": True},
+             harmless=("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
+             objective="fm_jax.objectives.masked_lm.MaskedLM")
+
+FAMILIES = {
+    "bert": Family(
+        "BertForMaskedLM", "bert.",
+        _encoder("bert.", "bert.encoder.layer.{}.", **_BERT_LAYER, head=(
+            "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias",
+            "cls.predictions.decoder.weight")),
+        _BERT_FIXED, (*_BERT_SETTINGS, ("max_position_embeddings", "max_seq_len", 512)), **_BERT,
+        # A bias stored twice; the pooler and the next sentence's head, which are no part of the masked language model.
+        buffers=r"cls\.predictions\.decoder\.bias|bert\.embeddings\.position_ids|bert\.pooler\..*|"
+                r"cls\.seq_relationship\..*"),
+    "roberta": Family(
+        "RobertaForMaskedLM", "roberta.",
+        _encoder("roberta.", "roberta.encoder.layer.{}.", **_BERT_LAYER, head=(
+            "lm_head.dense", "lm_head.layer_norm", "lm_head.bias", "lm_head.decoder.weight")),
+        _BERT_FIXED | dict(position_offset=2),   # behind the padding token's, which has id 1
+        (*_BERT_SETTINGS,
+         ("max_position_embeddings", "max_seq_len", 512, lambda v: v - 2, lambda a: a.max_seq_len + 2)), **_BERT,
+        buffers=r"lm_head\.decoder\.bias|roberta\.embeddings\.position_ids|roberta\.pooler\..*"),
+    "distilbert": Family(
+        "DistilBertForMaskedLM", "distilbert.",
+        _encoder("distilbert.", "distilbert.transformer.layer.{}.", types=False,
+                 attention=[f"attention.{one}_lin" for one in "qkv"], attention_out="attention.out_lin",
+                 attention_norm="sa_layer_norm", mlp=("ffn.lin1", "ffn.lin2"), mlp_norm="output_layer_norm",
+                 head=("vocab_transform", "vocab_layer_norm", "vocab_projector.bias", "vocab_projector.weight")),
+        _BERT_FIXED | dict(norm_eps=1e-12),
+        (("vocab_size", "vocab_size", 30522), ("dim", "embed_dim", 768), ("n_layers", "num_layers", 6),
+         ("n_heads", "num_heads", 12), ("hidden_dim", "mlp_dim", 3072), ("activation", "activation", "gelu"),
+         ("max_position_embeddings", "max_seq_len", 512)),
+        only={"sinusoidal_pos_embds": False, "tie_weights_": True, "tie_word_embeddings": True},
+        harmless=("dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout"),
+        objective="fm_jax.objectives.masked_lm.MaskedLM", buffers=r"distilbert\.embeddings\.position_ids"),
+}
