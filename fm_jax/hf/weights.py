@@ -58,7 +58,7 @@ def read(path, family: Family, model: Model, entries: dict[str, Entry], abstract
                 out.append(_view(part, sizes)[inside].astype(leaf.dtype))
                 if not np.isfinite(out[-1]).all():
                     raise UserError(f"{part.entry.path}: {part.entry.key} has values that are not finite")
-            return np.stack(out).reshape(*chosen.shape, *out[0].shape)
+            return np.stack(out).reshape((*chosen.shape, *out[0].shape))
 
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, piece)
 
