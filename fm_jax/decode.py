@@ -324,12 +324,13 @@ class Completion(NamedTuple):
 
 
 def complete(objective, params, prompts: list[np.ndarray], *, max_new_tokens: int, sampling: Sampling = Sampling(),
-             seeds=None, stop_ids=(), n: int = 1, logprobs: int | None = None, stopped=None,
+             context=None, seeds=None, stop_ids=(), n: int = 1, logprobs: int | None = None, stopped=None,
              steps_per_dispatch: int = 1, draft=None) -> list[Completion]:
     """Returns n continuations of each prompt: those of prompt i are at n * i to n * i + n - 1.
 
     prompts: token ids, at least one each; a prompt longer than the context allows is cut at its left.
     sampling: the same for all, or with arrays [prompts].
+    context: of a decoder with an encoder, what the objective's `predict["encode"]` made of each prompt's source.
     seeds: uint32, one a continuation; default 0, 1, 2, ...
     logprobs: give the log-probability of each token, and of so many of the likeliest in its place.
     stopped: a function of (number of the continuation, its tokens): whether they end it, as when their text has a
@@ -357,8 +358,8 @@ def complete(objective, params, prompts: list[np.ndarray], *, max_new_tokens: in
     tokens = _padded(prompts, min(_bucket(lengths.max()), arch.max_seq_len))
     length = min(_bucket(max(tokens.shape[1], lengths.max() + max_new_tokens)), arch.max_seq_len)
     slack = steps_per_dispatch if draft else 0
-    read = lambda objective, params: prefill(objective.predict["decode"], params, tokens,
-                                             Cache.empty(objective.arch, len(prompts), length, slack), lengths)
+    empty = lambda arch: Cache.empty(arch, len(prompts), length, slack)._replace(context=context)
+    read = lambda objective, params: prefill(objective.predict["decode"], params, tokens, empty(objective.arch), lengths)
     logits, cache = read(objective, params)
     sampling = sampling.rows(len(prompts))
     seen = None
@@ -475,11 +476,12 @@ class Beam(NamedTuple):
 
 
 def beam_search(objective, params, prompts: list[np.ndarray], *, max_new_tokens: int, num_beams: int,
-                length_penalty: float = 1.0, stop_ids=(), vocab_size: int = 0) -> list[list[Beam]]:
+                length_penalty: float = 1.0, stop_ids=(), vocab_size: int = 0, context=None) -> list[list[Beam]]:
     """Returns the best continuations of each prompt, num_beams at most, best first.
 
     A prompt is done when no unfinished beam, at its present length, has a better score than the worst of num_beams
-    finished ones. length_penalty: above 0 favours long continuations, below 0 short ones. vocab_size as in `Sampling`.
+    finished ones. length_penalty: above 0 favours long continuations, below 0 short ones. vocab_size as in `Sampling`,
+    context as in `complete`.
 
     Source: as `generate(num_beams=..., early_stopping=False)` of transformers, with one list of finished beams.
 
@@ -496,7 +498,7 @@ def beam_search(objective, params, prompts: list[np.ndarray], *, max_new_tokens:
     lengths = np.array([len(p) for p in prompts], np.int32)
     tokens = _padded(prompts, min(_bucket(lengths.max()), arch.max_seq_len))
     cache = Cache.empty(arch, len(prompts), min(_bucket(max(tokens.shape[1], lengths.max() + max_new_tokens)),
-                                                arch.max_seq_len))
+                                                arch.max_seq_len))._replace(context=context)
     decode = objective.predict["decode"]
     logits, cache = _repeated(prefill(decode, params, tokens, cache, lengths), W)
     running = [[((), 0.0)] + [((), -np.inf)] * (W - 1) for _ in prompts]   # (tokens, sum of log-probabilities)
@@ -541,4 +543,5 @@ def _candidates(logits_BV, sums_PW, keep: int, vocab_size):
 @functools.partial(jax.jit, static_argnums=0)
 def _advance(decode, params, token_B, cache: Cache, parents_B):
     """Returns (logits, cache) after appending `token_B` to the rows `parents_B` of the cache."""
-    return decode(params, token_B[:, None], jax.tree.map(lambda x: x[parents_B], cache))
+    own = jax.tree.map(lambda x: x[parents_B], cache._replace(context=None))   # a row's parents have its source
+    return decode(params, token_B[:, None], own._replace(context=cache.context))

@@ -110,6 +110,9 @@ class Engine:
         Raises:
           UserError: a setting that cannot be, or a model without a decoder.
         """
+        if "encode" in lm.objective.predict:
+            raise UserError(f"{lm.config.objective} has an encoder beside its decoder, which the server does not read; "
+                            "use fm_jax.generate")
         if "decode" not in lm.objective.predict:
             raise UserError(f"{lm.config.objective} has no `predict[\"decode\"]`: it cannot continue text")
         self._objective, self._layout = lm.objective, lm.module.layout

@@ -102,28 +102,40 @@ class Pretrained:
                 raise UserError(f"mesh axis {axis}={n} is for training; evaluate, generate and serve on the others")
         self._parts = self.module.layout.batch_parts   # the mesh cuts every batch into so many: rows are added to fit
         self._batch_size = -(-16 // self._parts) * self._parts
-        self._jitted = {name: jax.jit(f) for name, f in objective.predict.items() if name in ("logits", "hidden")}
+        self._has_encoder = "encode" in objective.predict
+        jitted = ("logits", "hidden", "encode")
+        self._jitted = {name: jax.jit(f) for name, f in objective.predict.items() if name in jitted}
         self._layers = [], None   # (arrays of params, what decode.per_layer made of them), when first needed
 
     def __repr__(self):
         return f"<{self.config.name or self.config.objective}: {tree.count(self.params):,} parameters>"
 
-    def logits(self, tokens) -> np.ndarray:
-        """Returns float32 [B, T, V] for int tokens [B, T]: what the model expects after each token."""
-        logits = distributed.fetch(self._jitted["logits"](self.params, self._checked(tokens)))
+    def logits(self, tokens, decoder_tokens=None, segment_ids=None) -> np.ndarray:
+        """Returns float32 [B, T, V] for int tokens [B, T]: what the model expects after each token.
+
+        Of a model with an encoder, that reads `tokens` [B, S], after each of `decoder_tokens` [B, T], which begin with
+        `objective.start_id`. segment_ids [B, S]: 0 where a source is padding.
+        """
+        logits = distributed.fetch(self._jitted["logits"](self.params, *self._inputs(tokens, decoder_tokens, segment_ids)))
         return logits[: len(tokens)].astype(np.float32)
 
-    def hidden(self, tokens) -> np.ndarray:
-        """Returns float32 [B, T, D] for int tokens [B, T]: hidden states after the final norm."""
-        hidden = distributed.fetch(self._jitted["hidden"](self.params, self._checked(tokens))[0])
+    def hidden(self, tokens, decoder_tokens=None, segment_ids=None) -> np.ndarray:
+        """Returns float32 [B, T, D], arguments as of `logits`: hidden states after the (decoder's) final norm."""
+        inputs = self._inputs(tokens, decoder_tokens, segment_ids)
+        hidden = distributed.fetch(self._jitted["hidden"](self.params, *inputs)[0])
         return hidden[: len(tokens)].astype(np.float32)
 
     def score(self, contexts, continuations) -> list[scoring.Score]:
-        """Returns (logprob, is_greedy, num_tokens) of each continuation (text) after its context (text)."""
-        self._must("score texts", "trees", "score")
+        """Returns (logprob, is_greedy, num_tokens) of each continuation (text) after its context (text).
+
+        Of a model with an encoder, of each target, its end included, for its source.
+        """
         contexts, continuations = _texts("contexts", contexts), _texts("continuations", continuations)
         if len(contexts) != len(continuations):
             raise UserError(f"{len(contexts)} contexts for {len(continuations)} continuations; give one for each")
+        if self._has_encoder:
+            return self._score_targets(contexts, continuations)
+        self._must("score texts", "trees", "score")
         pairs = scoring.encode_pairs(self.tokenizer, contexts, continuations)
         return scoring.score(self.objective, self.params, pairs, batch_size=self._batch_size, work=self.work)
 
@@ -139,7 +151,8 @@ class Pretrained:
         """Returns n continuations of each prompt (token ids): those of a prompt follow each other.
 
         temperature 0 takes the likeliest token each time. Continuation i draws from seed + i, whatever is beside it.
-        A prompt that leaves no room for max_new_tokens in the model's context is cut at its left.
+        A prompt that leaves no room for max_new_tokens in the model's context is cut at its left. Where the model has
+        an encoder, a prompt is what that reads, cut at its right, and the continuation what the decoder makes of it.
 
         Args:
           stop: strings that end a continuation; the token that completes one stays.
@@ -167,9 +180,12 @@ class Pretrained:
             for first in range(0, n, at_once):
                 which = [i * n + j for i in padded for j in range(first, min(first + at_once, n))]
                 stopped = lambda row, new: decode.find_stop(text(which[row], new), stop)[1]
+                read = [prompts[i] for i in padded]
+                context = None
+                if self._has_encoder:
+                    context, read = self._encoded(read), [np.array([self.objective.start_id])] * len(read)
                 made = decode.complete(
-                    self.objective, params, [prompts[i] for i in padded],
-                    max_new_tokens=max_new_tokens, sampling=sampling, seeds=(seed + np.array(which)) % 2**32,
+                    self.objective, params, read, context=context, max_new_tokens=max_new_tokens, sampling=sampling, seeds=(seed + np.array(which)) % 2**32,
                     n=len(which) // rows, logprobs=logprobs, stopped=stopped if stop else None, stop_ids=stop_ids,
                     steps_per_dispatch=min(STEPS, max_new_tokens))
                 for i, each in zip(which, made):
@@ -179,7 +195,7 @@ class Pretrained:
     def generate(self, prompts, *, n: int = 1, stop=(), stop_at_end: bool = True, **how) -> list[str]:
         """Returns n texts that continue each prompt, without the prompt: those of a prompt follow each other.
 
-        A prompt is a text, or a chat: a list of {"role": ..., "content": ...} that the tokenizer's template renders.
+        Of a model with an encoder, the texts that it makes of each prompt. A prompt is a text, or a chat: a list of {"role": ..., "content": ...} that the tokenizer's template renders.
 
         Args:
           stop: strings that end a text and are not part of it.
@@ -203,13 +219,15 @@ class Pretrained:
         """Returns the token ids, int32 [n], that `generate` continues for each prompt, text or chat.
 
         A text follows the token that documents began with in training, where that was here; a chat, and all prompts
-        of weights from elsewhere, are what `encode` makes of them.
+        of weights from elsewhere, are what `encode` makes of them. What an encoder reads is a text and its end.
         """
         if not isinstance(prompts, (str, bytes)):
             prompts = list(prompts)
             chats = [isinstance(p, list) for p in prompts]
             prompts = [self.tokenizer.chat(p) if chat else p for p, chat in zip(prompts, chats)]
-        texts, (start, _) = _texts("prompts", prompts), document_ends(self.tokenizer)
+        texts, (start, end) = _texts("prompts", prompts), document_ends(self.tokenizer)
+        if self._has_encoder:
+            return [np.append(ids, end).astype(np.int32) for ids in self.tokenizer.encode_batch(texts, special=True)]
         begun = lambda text: np.array([start, *self.tokenizer.encode(text)], np.int32)
         return [begun(text) if (self.config.data.train and not chat) or not len(ids) else ids
                 for text, chat, ids in zip(texts, chats, self.encode(texts))]
@@ -232,6 +250,8 @@ class Pretrained:
         Decoded alone they would lose the space before the first word, where a tokenizer adds one to every text and
         takes it off again. Where it does not give the prompt back as it was, its own version of it is cut off.
         """
+        if self._has_encoder:
+            return self.tokenizer.decode(new)
         whole = self.tokenizer.decode(np.concatenate([ids, new]))
         same = isinstance(prompt, str) and whole.startswith(prompt)
         before = prompt if same else os.path.commonprefix([whole, self.tokenizer.decode(ids)])
@@ -250,9 +270,59 @@ class Pretrained:
             raise UserError(f"{self.config.name or 'this model'} was trained by {self.config.objective}, which cannot "
                             f"{what}; it has {', '.join(sorted(self.objective.predict))}")
 
-    def _checked(self, tokens):
-        """Returns int32 [B + what the mesh needs, T]."""
-        tokens, arch = np.asarray(tokens), self.objective.arch
+    def _inputs(self, tokens, decoder_tokens, segment_ids):
+        """Returns what `logits` and `hidden` of the objective take, in rows as the mesh needs them."""
+        if not self._has_encoder:
+            if decoder_tokens is not None or segment_ids is not None:
+                raise UserError(f"decoder_tokens and segment_ids are of a model with an encoder, and "
+                                f"{self.config.objective} has none")
+            return self._checked(tokens),
+        if decoder_tokens is None or len(decoder_tokens) != len(tokens):
+            raise UserError("a model with an encoder needs decoder_tokens too, a row for each of tokens, which begins "
+                            f"with {self.objective.start_id}")
+        encoder = self.objective.encoder
+        segments = np.ones(np.shape(tokens), np.int32) if segment_ids is None else np.asarray(segment_ids)
+        if segments.shape != np.shape(tokens):
+            raise UserError(f"segment_ids are {list(segments.shape)}, and tokens {list(np.shape(tokens))}")
+        return self._checked(tokens, encoder), self._checked(decoder_tokens), self._checked(segments, encoder)
+
+    def _sources(self, sources):
+        """Returns (tokens, segment_ids [B, S]) of lists of token ids for the encoder, cut at its context, right-padded."""
+        longest = self.objective.encoder.max_seq_len
+        length = min(-(-max(map(len, sources)) // 16) * 16, longest)   # few compiled shapes
+        tokens, segments = np.zeros((2, len(sources), length), np.int32)
+        for i, ids in enumerate(sources):
+            ids = ids if len(ids) <= longest else np.append(ids[: longest - 1], ids[-1])   # its end stays
+            tokens[i, : len(ids)], segments[i, : len(ids)] = ids, 1
+        return tokens, segments
+
+    def _encoded(self, sources):
+        """Returns the `Context` of lists of token ids, as many as the mesh takes."""
+        return self._jitted["encode"](self.params, *self._sources(sources))
+
+    def _score_targets(self, sources, targets):
+        sources, targets = self.prompt_ids(sources), self.prompt_ids(targets)
+        order, out = sorted(range(len(targets)), key=lambda i: len(targets[i])), [None] * len(targets)
+        for begin in range(0, len(order), self._batch_size):
+            chosen = order[begin : begin + self._batch_size]
+            length = min(-(-len(targets[chosen[-1]]) // 16) * 16, self.objective.arch.max_seq_len)
+            inputs = np.zeros((len(chosen), length), np.int32)
+            for row, i in zip(inputs, chosen):
+                if len(targets[i]) > length:
+                    raise UserError(f"a target of {len(targets[i])} tokens exceeds the model's context of {length}")
+                row[: len(targets[i])] = [self.objective.start_id, *targets[i][:-1]]
+            tokens, segments = self._sources([sources[i] for i in chosen])
+            for logits, i in zip(self.logits(tokens, inputs, segments), chosen):
+                logits = logits[: len(targets[i])].astype(np.float64)
+                top = logits.max(-1)
+                picked = logits[np.arange(len(logits)), targets[i]]
+                total = (picked - top - np.log(np.exp(logits - top[:, None]).sum(-1))).sum()
+                out[i] = scoring.Score(float(total), bool((picked >= top).all()), len(logits))
+        return out
+
+    def _checked(self, tokens, arch=None):
+        """Returns int32 [B + what the mesh needs, T]. arch: of the stack that reads them."""
+        tokens, arch = np.asarray(tokens), arch or self.objective.arch
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
             raise UserError(f"tokens are {tokens.dtype}{list(tokens.shape)}; expected integers [batch, length]")
         if tokens.shape[1] > arch.max_seq_len:

@@ -394,7 +394,7 @@ def load(path_or_name) -> Tokenizer:
 
 def _load(path):
     if path.is_dir():
-        names = ("bytes.json", "tokenizer.json", "tokenizer.model")
+        names = ("bytes.json", "tokenizer.json", "tokenizer.model", "spiece.model")
         found = [path / name for name in names if (path / name).is_file()]
         if not found:
             raise UserError(f"{path}: no tokenizer in this folder (looked for {', '.join(names)}; "

@@ -334,3 +334,27 @@ def test_duration_says_what_it_lacks():
         config_lib.duration("2%", batch_size=1, seq_len=1, what="x")
     with pytest.raises(UserError, match="epochs"):
         config_lib.duration("2 epochs", batch_size=1, seq_len=1, what="x")
+
+
+def test_an_encoder_is_as_the_model_but_for_what_is_said(tmp_path):
+    c = config_lib.override(config_lib.defaults(), {"model.num_heads": 2, "model.causal": True,
+                                                    "model.cross_attention": True, "encoder.num_layers": "7",
+                                                    "encoder.embed_dim": 64, "encoder.qkv_bias": "true"})
+    encoder = config_lib.encoder(c)
+    assert (encoder.num_layers, encoder.num_heads, encoder.head_dim, encoder.causal) == (7, 2, 32, False)
+    resolved = config_lib.resolve(c)   # derived of its own, not the model's
+    assert (resolved.encoder.mlp_dim, resolved.encoder.causal, resolved.encoder.qkv_bias) == (192, False, True)
+    config_lib.save(resolved, tmp_path / "config.json")
+    loaded, filled = config_lib.load(tmp_path / "config.json")
+    assert loaded.to_dict() == resolved.to_dict() and not filled and config_lib.encoder(loaded) == encoder
+    assert not config_lib.resolve(config_lib.defaults()).encoder
+    with pytest.raises(UserError, match="key of config.encoder: unknown 'num_layer'; did you mean 'num_layers'"):
+        config_lib.override(c, {"encoder.num_layer": 3})
+    with pytest.raises(UserError, match="config.encoder.num_layers='x': expected int"):
+        config_lib.override(c, {"encoder.num_layers": "x"})
+    c.encoder.num_heads = 3
+    with pytest.raises(UserError, match="config.encoder, with what it does not name.*num_heads=3 must divide"):
+        config_lib.resolve(c)
+    c.encoder.embed_dims = 3
+    with pytest.raises(UserError, match="key of encoder: unknown 'embed_dims'; did you mean 'embed_dim'"):
+        config_lib.resolve(c)

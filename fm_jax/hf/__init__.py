@@ -93,9 +93,10 @@ def read_config(folder: Folder, *, dtype: str = "") -> ml_collections.ConfigDict
     config.name, config.hf_family = folder.path.resolve().name.removesuffix(".gguf"), folder.name
     dtype = dtype or (DTYPES[next(iter(stored))].name if len(stored) == 1 else "float32")
     for section, arch in model.stacks.items():
-        fields = {f: getattr(arch, f) for f in config[section] if f not in COMPUTE}
-        fields |= {"dtype": dtype, "param_dtype": "bfloat16" if stored == {"BF16"} else "float32"}
-        config_lib.override(config, {f"{section}.{f}": value for f, value in fields.items() if f in config[section]})
+        fields = {f: getattr(arch, f) for f in config.model if f not in COMPUTE}
+        if section == "model":   # what another section does not name is as here
+            fields |= {"dtype": dtype, "param_dtype": "bfloat16" if stored == {"BF16"} else "float32"}
+        config_lib.override(config, {f"{section}.{f}": value for f, value in fields.items()})
     config.seq_len = min(config.seq_len, config.model.max_seq_len)   # of training; evaluation goes by max_seq_len
     return config
 

@@ -2,14 +2,15 @@
 
 import math
 
+from fm_jax import config as config_lib
 from fm_jax import objectives
 from fm_jax.architecture import ROPE_SCALINGS, Architecture
 from fm_jax.errors import UserError, choose
-from fm_jax.hf import decoders, encoders
+from fm_jax.hf import decoders, encoder_decoders, encoders
 from fm_jax.hf.tables import ACTIVATIONS, HARMLESS, Family, Model
 
 # The first that can express a model is the one it is exported as.
-FAMILIES: dict[str, Family] = decoders.FAMILIES | encoders.FAMILIES
+FAMILIES: dict[str, Family] = decoders.FAMILIES | encoders.FAMILIES | encoder_decoders.FAMILIES
 
 # Fields of Architecture that say how it is computed, and not what.
 COMPUTE = ("dtype", "param_dtype", "matmul_dtype", "remat", "scan_layers", "attention_kernel", "loss_chunk_tokens",
@@ -30,7 +31,8 @@ def find_family(settings: dict, place: str) -> str:
     """
     kinds = {name: family.model_type or name for name, family in FAMILIES.items()}
     kind = choose(settings.get("model_type"), tuple(dict.fromkeys(kinds.values())), f"{place}: model_type")
-    names = [name for name in kinds if kinds[name] == kind]
+    names = [name for name in kinds if kinds[name] == kind and (
+        FAMILIES[name].when is None or FAMILIES[name].when(settings))]
     classes = settings.get("architectures") or ()
     return next((name for name in names if FAMILIES[name].architecture in classes), names[0])
 
@@ -200,7 +202,8 @@ def _model(config, family):
     """Returns the Model of a run's config, in the sections of a family."""
     args = {**objectives.arguments(config.objective), **config.objective_args}
     wanted = {name for section, name in map(_section, _fields(family)) if section == "objective_args"}
-    return Model(config.objective, {name: Architecture(**config[name].to_dict()) for name in family.stacks},
+    stack = lambda name: config_lib.encoder(config) if name == "encoder" else Architecture(**config[name].to_dict())
+    return Model(config.objective, {name: stack(name) for name in family.stacks},
                  {name: value for name, value in args.items() if name in wanted})
 
 

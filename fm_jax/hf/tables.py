@@ -55,6 +55,7 @@ class Family(NamedTuple):
     # already).
     settings: tuple[tuple, ...]
     model_type: str = ""               # as config.json names it; "": the family's name
+    when: Callable[[dict], bool] | None = None   # of config.json: whether it is this one of those of its class
     aliases: dict = {}                 # other keys of config.json, by which some versions of transformers write it
     only: dict = {}                    # key of config.json: the one value that we honour, which is its default
     harmless: tuple[str, ...] = ()     # keys of config.json that change no logits

@@ -1,7 +1,8 @@
 """Writes `tests/hf_models/`: tiny random models of transformers' families, and what transformers computes with them.
 
 Of each: config.json and model.safetensors as transformers writes them, and expected.npz: `tokens` [2, 23], and of them
-`hidden` [2, 23, D] (after the last norm) and `logits` [2, 23, V]. Sizes are odd in some way: kv heads are not heads,
+`hidden` [2, 23, D] (after the last norm) and `logits` [2, 23, V]; where there is an encoder, of `decoder_tokens`
+[2, 17] behind it, where `mask` [2, 23] is 0 at the padding. Sizes are odd in some way: kv heads are not heads,
 head sizes not the width over the heads, windows shorter than the input. Weights are drawn in bfloat16 and stored in
 float32: half of their bytes compress away. Run it with a Python that has torch 2.13.0 and transformers 5.23.0; the test
 that reads them, in `tests/hf_test.py`, needs neither.
@@ -56,6 +57,10 @@ ENCODERS = {
                                       max_position_embeddings=48)),
 }
 
+T5 = dict(vocab_size=VOCAB, d_model=20, d_kv=6, d_ff=28, num_layers=2, num_decoder_layers=3, num_heads=4,
+          relative_attention_num_buckets=8, relative_attention_max_distance=14)
+SEQ2SEQ = {"t5": ("T5", T5), "t5_gated": ("T5", dict(T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False))}
+
 
 def draw(model):
     """Gives every parameter random values, norms around 1 (around 0 where a family stores them less 1)."""
@@ -68,15 +73,26 @@ def draw(model):
 
 
 def make(name):
-    kind, settings = (DECODERS | ENCODERS)[name]
+    kind, settings = (DECODERS | ENCODERS | SEQ2SEQ)[name]
     torch.manual_seed(sum(map(ord, name)))
     config = getattr(transformers, kind + "Config")(**settings)
-    auto = transformers.AutoModelForCausalLM if name in DECODERS else transformers.AutoModelForMaskedLM
+    auto = getattr(transformers, "AutoModelFor" + (
+        "CausalLM" if name in DECODERS else "MaskedLM" if name in ENCODERS else "Seq2SeqLM"))
     model = auto.from_config(config, attn_implementation="eager").float().eval()
+    if settings.get("tie_word_embeddings") is False and name in SEQ2SEQ:   # transformers 5 ties what files have apart
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
     draw(model)
+    if name == "t5":   # its logits are scaled
+        model.shared.weight.data *= 4
     tokens = torch.randint(2, VOCAB, (2, LENGTH))   # RoBERTa counts no positions for token 1
+    given, more = {}, {}
+    if name in SEQ2SEQ:
+        more = {"decoder_tokens": torch.randint(2, VOCAB, (2, 17)), "mask": torch.ones_like(tokens)}
+        more["mask"][1, 15:] = 0
+        given = {"decoder_input_ids": more["decoder_tokens"], "attention_mask": more["mask"]}
     with torch.no_grad():
-        out = model(tokens, output_hidden_states=True)
+        out = model(tokens, output_hidden_states=True, **given)
+        hidden = out.decoder_hidden_states[-1] if name in SEQ2SEQ else out.hidden_states[-1]
     folder = FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as made:
@@ -85,10 +101,11 @@ def make(name):
         (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
         (folder / "model.safetensors").write_bytes(Path(made, "model.safetensors").read_bytes())
     np.savez_compressed(folder / "expected.npz", tokens=tokens.numpy().astype(np.int32),
-                        hidden=out.hidden_states[-1].numpy(), logits=out.logits.numpy())
+                        hidden=hidden.numpy(), logits=out.logits.numpy(),
+                        **{key: value.numpy().astype(np.int32) for key, value in more.items()})
     print(name, sum(f.stat().st_size for f in folder.iterdir()))
 
 
 if __name__ == "__main__":
-    for each in sys.argv[1:] or DECODERS | ENCODERS:
+    for each in sys.argv[1:] or DECODERS | ENCODERS | SEQ2SEQ:
         make(each)
