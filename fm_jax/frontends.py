@@ -105,6 +105,29 @@ class TokenEmbed(nn.Module):
         return total, tuple(map(together, tokens)) if n > 1 else tokens
 
 
+def real(tokens_BT, length_B):
+    """Returns int32 [B, T], 1 in the first `length_B` places of each row and 0 in its padding, as segments are."""
+    return (jnp.arange(tokens_BT.shape[1]) < length_B[:, None]).astype(jnp.int32)
+
+
+POOLINGS = ("mean", "max", "cls", "last")
+
+
+def pooled(hidden_BTD, length_B, how: str):
+    """Returns float32 [B, D]: of the first `length_B` states of each row the mean, the largest of each channel, the
+    first ("cls") or the last.
+    """
+    x = hidden_BTD.astype(jnp.float32)
+    if how == "cls":
+        return x[:, 0]
+    if how == "last":
+        return jnp.take_along_axis(x, length_B[:, None, None] - 1, axis=1)[:, 0]
+    seen = real(hidden_BTD, length_B)[..., None] > 0
+    if how == "max":
+        return jnp.where(seen, x, -jnp.inf).max(1)
+    return jnp.where(seen, x, 0).sum(1) / length_B[:, None]
+
+
 class TextModel(nn.Module):
     """Token embedding, stack and head: a decoder or an encoder of text."""
 

@@ -66,6 +66,11 @@ class Tokenizer:
         before, after = self._end("bos", bos), self._end("eos", eos)
         return np.concatenate([before, self.encode_batch([text], special=special)[0], after])
 
+    @property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The ids before and behind a text of which an encoder makes a vector: as other libraries put them there."""
+        return [[i] if i is not None else [] for i in (self.bos_id, self.eos_id)]
+
     def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[np.ndarray]:
         """Returns the ids of each text, int32 [n], without ends.
 
@@ -317,6 +322,13 @@ class HuggingFaceTokenizer(Tokenizer):
             templates = {each["name"]: each["template"] for each in templates}.get("default")
         self.chat_template = templates
         self.fingerprint = _sha256(self._files())
+
+    @property
+    def frame(self) -> tuple[list[int], list[int]]:
+        made = self._hf.encode("a")
+        own = [i for i, added in enumerate(made.special_tokens_mask) if not added]
+        first, end = (own[0], own[-1] + 1) if own else (1, 1)   # "a" may be no token
+        return made.ids[:first], made.ids[end:]
 
     def _begins_with_bos(self):
         """Returns whether the file's post-processor puts BOS before a text."""

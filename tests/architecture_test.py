@@ -33,6 +33,7 @@ SAME_LAYER = {
     ("model", "ring"), ("model", "pipeline"), ("frontends", "kernels"),
     ("frontends", "model"),
     ("step", "compiled_step"),
+    ("objectives", "data"),   # how an error names a record
     ("plan", "forecast"),     # the command prints what this finds
     ("report", "evaluate"),   # the report runs the evaluation that the command does
 }

@@ -24,7 +24,7 @@ from fm_jax import gguf
 from fm_jax import tokenizer as tokenizers
 from fm_jax import tree
 from fm_jax.errors import UserError, choose
-from fm_jax.hf import safetensors, tokenizer_files, weights
+from fm_jax.hf import safetensors, sentences, tokenizer_files, weights
 from fm_jax.hf.json_files import read_json, write_json
 from fm_jax.hf.safetensors import DTYPES, Entry
 from fm_jax.hf.settings import COMPUTE, FAMILIES, find_family, model_of, settings_of
@@ -70,9 +70,14 @@ def open_folder(path) -> Folder:
         entries = {key: Entry(path, key, "F32", shape, read) for key, (shape, read) in file.tensors.items()}
         return Folder(path, str(path), file.settings, find_family(file.settings, str(path)), entries, file.tokenizer)
     settings, place = read_json(path / "config.json"), str(path / "config.json")
+    projection = {}
+    if (path / sentences.FILE).is_file():
+        settings[sentences.FILE], projection = sentences.read(path)
     name = find_family(settings, place)
-    settings |= {file: read_json(path / file) for file in FAMILIES[name].files if (path / file).is_file()}
-    return Folder(path, place, settings, name, weights.named(safetensors.read_folder(path), FAMILIES[name]))
+    settings |= {file: read_json(path / file) for file in FAMILIES[name].files
+                 if file not in settings and (path / file).is_file()}
+    entries = weights.named(safetensors.read_folder(path), FAMILIES[name]) | projection
+    return Folder(path, place, settings, name, entries)
 
 
 def read_config(folder: Folder, *, dtype: str = "") -> ml_collections.ConfigDict:
@@ -97,6 +102,7 @@ def read_config(folder: Folder, *, dtype: str = "") -> ml_collections.ConfigDict
         if section == "model":   # what another section does not name is as here
             fields |= {"dtype": dtype, "param_dtype": "bfloat16" if stored == {"BF16"} else "float32"}
         config_lib.override(config, {f"{section}.{f}": value for f, value in fields.items()})
+    config.update(model.keys)
     config.seq_len = min(config.seq_len, config.model.max_seq_len)   # of training; evaluation goes by max_seq_len
     return config
 
@@ -149,6 +155,8 @@ def save(folder, config, params, tokenizer, *, file_bytes: int = FILE_BYTES) -> 
     except OSError as e:
         raise UserError(f"{folder}: cannot be made ({e.strerror}: {e.filename}); name another folder") from None
     try:
+        if sentences.FILE in settings:
+            sentences.write(made, settings.pop(sentences.FILE), model.stacks["model"].embed_dim)
         for file in family.files:
             if file in settings:
                 write_json(made / file, settings.pop(file))

@@ -1,6 +1,6 @@
 """Families of decoders: GPT-2, GPT-NeoX, and those with Llama's names."""
 
-from fm_jax.hf.tables import Family, Row, Windows, weight_and_bias
+from fm_jax.hf.tables import Family, Row, Windows, sentence_encoder, weight_and_bias
 
 _LLAMA_NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
 _SANDWICH_NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "attention_out_norm",
@@ -243,3 +243,6 @@ FAMILIES = {
         rope_theta=("rotary_emb_base", 10000.0), rope_frac=("rotary_pct", 0.25),
         buffers=r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"),
 }
+
+FAMILIES |= {f"{name}Model": sentence_encoder(kind, FAMILIES[kind], f"{name}Model", r"lm_head\.weight")
+             for name, kind in (("Mistral", "mistral"), ("Qwen2", "qwen2"), ("Qwen3", "qwen3"))}

@@ -1,6 +1,6 @@
 """Families of encoders of text: BERT and those after it."""
 
-from fm_jax.hf.tables import Family, Row, weight_and_bias
+from fm_jax.hf.tables import Family, Row, sentence_encoder, weight_and_bias
 
 _OURS = "transformer.layers."
 
@@ -80,4 +80,12 @@ FAMILIES = {
         only={"sinusoidal_pos_embds": False, "tie_weights_": True, "tie_word_embeddings": True},
         harmless=("dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout"),
         objective="fm_jax.objectives.masked_lm.MaskedLM", buffers=r"distilbert\.embeddings\.position_ids"),
+}
+
+_HEADS = r"|cls\..*|lm_head\..*|vocab_\w+\..*"   # in files of a full model
+_POOLER = r"pooler\..*|embeddings\.position_ids" + _HEADS   # which sentence-transformers has no use for
+FAMILIES |= {
+    "BertModel": sentence_encoder("bert", FAMILIES["bert"], "BertModel", _POOLER),
+    "RobertaModel": sentence_encoder("roberta", FAMILIES["roberta"], "RobertaModel", _POOLER),
+    "DistilBertModel": sentence_encoder("distilbert", FAMILIES["distilbert"], "DistilBertModel", _POOLER),
 }

@@ -6,7 +6,7 @@ from fm_jax import config as config_lib
 from fm_jax import objectives
 from fm_jax.architecture import ROPE_SCALINGS, Architecture
 from fm_jax.errors import UserError, choose
-from fm_jax.hf import decoders, encoder_decoders, encoders
+from fm_jax.hf import decoders, encoder_decoders, encoders, sentences
 from fm_jax.hf.tables import ACTIVATIONS, HARMLESS, Family, Model
 
 # The first that can express a model is the one it is exported as.
@@ -31,8 +31,11 @@ def find_family(settings: dict, place: str) -> str:
     """
     kinds = {name: family.model_type or name for name, family in FAMILIES.items()}
     kind = choose(settings.get("model_type"), tuple(dict.fromkeys(kinds.values())), f"{place}: model_type")
-    names = [name for name in kinds if kinds[name] == kind and (
-        FAMILIES[name].when is None or FAMILIES[name].when(settings))]
+    names = [name for name in kinds if kinds[name] == kind
+             and (FAMILIES[name].when is None or FAMILIES[name].when(settings))
+             and (sentences.FILE not in settings or sentences.FILE in FAMILIES[name].files)]
+    if not names:
+        raise UserError(f"{place}: no sentence encoder here is a {kind}")
     classes = settings.get("architectures") or ()
     return next((name for name in names if FAMILIES[name].architecture in classes), names[0])
 
@@ -63,7 +66,7 @@ def model_of(settings: dict, place: str) -> Model:
         value, (section, name) = settings.get(key, default), _section(field)
         if name == "activation":
             value = ACTIVATIONS[choose(value, ACTIVATIONS, f"{place}: {key}")]
-        kind = type(default if section == "objective_args" else getattr(plain, name))
+        kind = type(default if section in ("objective_args", "config") else getattr(plain, name))
         if value is not None and type(value) is not kind and not (kind is float and type(value) is int):
             raise UserError(f"{place}: {key}={value!r}: expected {kind.__name__}")
         # 0: derived from the others, or off
@@ -74,13 +77,13 @@ def model_of(settings: dict, place: str) -> Model:
         fields |= _windows(settings, family.windows, fields["num_layers"], place)
     if family.read:
         fields |= family.read(settings, place)
-    sections = {section: {} for section in ("objective_args", *family.stacks)}
+    sections = {section: {} for section in ("objective_args", "config", *family.stacks)}
     for field, value in fields.items():
         section, name = _section(field)
         sections[section][name] = value
-    args = sections.pop("objective_args")
+    args, keys = sections.pop("objective_args"), sections.pop("config")
     try:
-        return Model(family.objective, {name: Architecture(**own) for name, own in sections.items()}, args)
+        return Model(family.objective, {name: Architecture(**own) for name, own in sections.items()}, args, keys)
     except UserError as e:
         raise UserError(f"{place}: {e}") from None
 
@@ -201,10 +204,11 @@ def settings_of(config) -> dict:
 def _model(config, family):
     """Returns the Model of a run's config, in the sections of a family."""
     args = {**objectives.arguments(config.objective), **config.objective_args}
-    wanted = {name for section, name in map(_section, _fields(family)) if section == "objective_args"}
+    named = lambda wanted: [name for section, name in map(_section, _fields(family)) if section == wanted]
     stack = lambda name: config_lib.encoder(config) if name == "encoder" else Architecture(**config[name].to_dict())
     return Model(config.objective, {name: stack(name) for name in family.stacks},
-                 {name: value for name, value in args.items() if name in wanted})
+                 {name: args[name] for name in named("objective_args") if name in args},
+                 {name: config[name] for name in named("config")})
 
 
 def _fields(family):
@@ -225,9 +229,9 @@ def _express(name, model):
 
     for key, field, _, *ways in family.settings:
         section, own = _section(field)
-        holder = model.args if section == "objective_args" else model.stacks[section]
+        holder = {**model.stacks, "objective_args": model.args, "config": model.keys}[section]
         if not ways:
-            value = holder[own] if holder is model.args else getattr(holder, own)
+            value = holder[own] if isinstance(holder, dict) else getattr(holder, own)
             put(key, spelt[value] if own == "activation" else value)
         elif ways[1]:
             put(key, ways[1](holder))

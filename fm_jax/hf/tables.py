@@ -3,6 +3,7 @@
 from typing import Callable, NamedTuple
 
 from fm_jax.architecture import Architecture
+from fm_jax.hf import sentences
 
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu",
@@ -38,12 +39,13 @@ class Model(NamedTuple):
     objective: str
     stacks: dict[str, Architecture]   # by section of the config: "model", and "encoder" of a second one
     args: dict                        # of objective_args, those that the family's table names
+    keys: dict                        # of the config itself, such as seq_len, the same
 
 
 class Family(NamedTuple):
     """A key of config.json names what is deeper or in another file by a path: "text_config/hidden_size",
     "preprocessor_config.json/size". A field is one of Architecture in the config's section `model`; of another section
-    it names that too: "encoder.num_layers", "objective_args.patch_size".
+    it names that too: "encoder.num_layers", "objective_args.patch_size"; "config.seq_len" is one of the config itself.
     """
 
     architecture: str                  # the class in transformers, as config.json names it
@@ -54,6 +56,7 @@ class Family(NamedTuple):
     # value, function of the field's Architecture (or objective_args) that gives it back; None: the key is written
     # already).
     settings: tuple[tuple, ...]
+    outer: str = ""                    # prefix that keys have in files of a full model, whose head is left out here
     model_type: str = ""               # as config.json names it; "": the family's name
     when: Callable[[dict], bool] | None = None   # of config.json: whether it is this one of those of its class
     aliases: dict = {}                 # other keys of config.json, by which some versions of transformers write it
@@ -77,7 +80,7 @@ class Family(NamedTuple):
     def stacks(self) -> tuple[str, ...]:
         """Sections of the config that hold an Architecture of its models."""
         fields = [*self.fixed, *(field for _, field, *_ in self.settings)]
-        others = {field.rpartition(".")[0] for field in fields} - {"", "model", "objective_args"}
+        others = {field.rpartition(".")[0] for field in fields} - {"", "model", "objective_args", "config"}
         return ("model", *sorted(others))
 
 
@@ -95,3 +98,26 @@ def weight_and_bias(key, axes, name, letters, bias=None):
     """Returns the rows of a product or norm that adds a bias. bias: (axes, name, letters) of it, default a norm's."""
     bias = bias or (axes, name.removesuffix("scale") + "bias", letters)
     return Row(key + ".weight", axes, name, letters), Row(key + ".bias", *bias)
+
+
+# Of a sentence encoder: the keys are those that `sentences.read` gives.
+_SENTENCES = tuple((f"{sentences.FILE}/{key}", f"objective_args.{key}", default) for key, default in (
+    ("pooling", "mean"), ("normalize", False), ("prompt", ""), ("projection_dim", 0),
+    ("projection_activation", "tanh"), ("projection_bias", True)))
+_CUT = (f"{sentences.FILE}/max_seq_length", "config.seq_len", 1 << 30)   # that of the model, at most
+
+
+def sentence_encoder(name: str, family: Family, architecture: str, buffers: str = "(?!)") -> Family:
+    """Returns the family, called `name`, without its head: what sentence-transformers makes vectors of texts with."""
+    rows = [row._replace(key=row.key.removeprefix(family.prefix)) for row in family.rows
+            if row.key.startswith(family.prefix)]
+    weight, bias = weight_and_bias(f"{sentences.DENSE}/linear", "Z D", "projection", "DZ",
+                                   ("Z", "projection_bias", "Z"))
+    return family._replace(
+        architecture=architecture, prefix="", outer=family.prefix, rows=(*rows, weight, bias), model_type=name,
+        fixed=family.fixed | {"head_transform": False, "tie_embeddings": True},
+        settings=(*(s for s in family.settings if s[1] != "tie_embeddings"), *_SENTENCES, _CUT),
+        only={k: v for k, v in family.only.items() if k != "tie_word_embeddings"},
+        harmless=(*family.harmless, "tie_word_embeddings"), buffers=buffers, files=(sentences.FILE,),
+        sizes=lambda model: {"Z": model.args["projection_dim"]},
+        objective="fm_jax.objectives.text_embedding.TextEmbedding")

@@ -25,6 +25,8 @@ def named(entries: dict[str, Entry], family: Family) -> dict[str, Entry]:
     renamed = lambda key: re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: "LayerNorm." + {
         "gamma": "weight", "beta": "bias"}[m[1]], key)
     entries = {renamed(key): e for key, e in entries.items()}
+    if family.outer and any(key.startswith(family.outer) for key in entries):
+        entries = {key.removeprefix(family.outer): e for key, e in entries.items()}
     if not any(key.startswith(family.prefix) for key in entries):   # the bare model's names
         heads = {row.key for row in family.rows if not row.key.startswith(family.prefix)}
         entries = {key if key in heads else family.prefix + key: e for key, e in entries.items()}
@@ -169,7 +171,7 @@ def _is_copy(family, key, entries, names):
 
 def save(folder, family: Family, model: Model, names: dict, file_bytes: int) -> None:
     """Writes the parameters, {our name: NumPy array}, as safetensors files of the family's tensors."""
-    sizes, files = _sizes(family, model), [[]]
+    sizes, files, apart = _sizes(family, model), [[]], {}
     room = file_bytes
     for tensor in _tensors(family, model, names):
         first = tensor.parts[0].row
@@ -179,11 +181,17 @@ def save(folder, family: Family, model: Model, names: dict, file_bytes: int) -> 
             return np.concatenate(parts, axis=_joint(first)).reshape(tensor.shape)
 
         dtype = np.dtype(names[first.name].dtype)
+        if "/" in tensor.key:   # in a folder of its own
+            inside, _, key = tensor.key.rpartition("/")
+            apart.setdefault(inside, []).append((key, dtype, tensor.shape, make))
+            continue
         room -= (size := math.prod(tensor.shape) * dtype.itemsize)
         if room < 0 and files[-1]:
             files.append([])
             room = file_bytes - size
         files[-1].append((tensor.key, dtype, tensor.shape, make))
+    for inside, tensors in apart.items():
+        safetensors.write(folder / inside / "model.safetensors", tensors)
     if len(files) == 1:
         safetensors.write(folder / "model.safetensors", files[0])
         return

@@ -12,7 +12,7 @@ import numpy as np
 from fm_jax import model
 from fm_jax.architecture import Architecture
 from fm_jax.errors import UserError
-from fm_jax.frontends import TextModel
+from fm_jax.frontends import TextModel, pooled
 from fm_jax.model import Trunk
 from fm_jax.objectives import Loss, document_positions, uniform
 from fm_jax.sharding import Layout
@@ -69,8 +69,8 @@ class CausalLM:
         # Only in training are tokens dropped: a prediction does not depend on what else is in its row.
         self.module = TextModel(dataclasses.replace(self.arch, capacity_factor=0.0), layout)
         self._trained = TextModel(self.arch, layout)
-        self.predict = {"hidden": self.hidden, "logits": self.logits, "trees": self.trees, "score": self.score,
-                        "decode": self.decode}
+        self.predict = {"hidden": self.hidden, "embed": self.embed, "logits": self.logits, "trees": self.trees,
+                        "score": self.score, "decode": self.decode}
 
     # --- the contract -------------------------------------------------------------------------------------------
 
@@ -132,6 +132,10 @@ class CausalLM:
         """Returns (hidden states [B, T, D], taps); tokens after a row's end must be ignored by the caller."""
         hidden, _, taps = self.module.apply({"params": params}, tokens_BT, capture=capture)
         return hidden, taps
+
+    def embed(self, params, tokens_BT, length_B):
+        """Returns float32 [B, D]: the mean hidden state of the first `length_B` tokens of each row."""
+        return pooled(self.hidden(params, tokens_BT)[0], length_B, "mean")
 
     def logits(self, params, tokens_BT):
         """Returns float32 logits [B, T, V]."""

@@ -12,7 +12,7 @@ import numpy as np
 from fm_jax import model
 from fm_jax.architecture import Architecture
 from fm_jax.errors import UserError, choose
-from fm_jax.frontends import TextModel
+from fm_jax.frontends import TextModel, pooled, real
 from fm_jax.objectives import Loss, document_positions, uniform
 from fm_jax.sharding import Layout
 from fm_jax.tokenizer import check_vocab
@@ -69,7 +69,7 @@ class MaskedLM:
         self.flops_per_example = (self.seq_len * self.arch.flops_per_token(self.seq_len)
                                   - (self.seq_len - self.places) * unseen)   # logits are of the masked alone
         self.module = TextModel(self.arch, layout)
-        self.predict = {"hidden": self.hidden, "logits": self.logits}
+        self.predict = {"hidden": self.hidden, "embed": self.embed, "logits": self.logits}
 
     # --- the contract -------------------------------------------------------------------------------------------
 
@@ -138,6 +138,11 @@ class MaskedLM:
         """Returns (hidden states [B, T, D], taps) of rows without padding."""
         hidden, _, taps = self.module.apply({"params": params}, tokens_BT, capture=capture)
         return hidden, taps
+
+    def embed(self, params, tokens_BT, length_B):
+        """Returns float32 [B, D]: the mean hidden state of the first `length_B` tokens of each row."""
+        hidden, _, _ = self.module.apply({"params": params}, tokens_BT, segment_ids_BT=real(tokens_BT, length_B))
+        return pooled(hidden, length_B, "mean")
 
     def logits(self, params, tokens_BT):
         """Returns float32 logits [B, T, V]."""
