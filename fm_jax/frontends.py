@@ -113,7 +113,7 @@ def real(tokens_BT, length_B):
 POOLINGS = ("mean", "max", "cls", "last")
 
 
-def pooled(hidden_BTD, length_B, how: str):
+def text_vectors(hidden_BTD, length_B, how: str):
     """Returns float32 [B, D]: of the first `length_B` states of each row the mean, the largest of each channel, the
     first ("cls") or the last.
     """

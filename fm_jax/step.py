@@ -174,11 +174,7 @@ class Program:
         # 1: the parameters were drawn from 0.
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
 
-        def loss(params, batch, key):
-            out = self.objective.loss(params, batch, key)
-            return out.loss, _sums(out)
-
-        grads, sums = self._accumulated(functools.partial(jax.grad(loss, has_aux=True), params), batch, key)
+        grads, sums = self._gradients(params, batch, key)
         total, weight = sums["loss"]
         scored = jnp.where(weight > 0, weight, 1.0)
         grads = jax.tree.map(lambda g: g / scored, grads)
@@ -203,24 +199,57 @@ class Program:
             new = new.replace(opt_state=jax.device_put(new.opt_state, self.shardings.opt_state))
         return new, metrics
 
+    def _gradients(self, params, batch, key):
+        """Returns (the gradient of the batch's loss, metrics), both sums."""
+        def loss(params, batch, key):
+            out = self._loss(params, batch, key)
+            return out.loss, _sums(out)
+
+        return self._accumulated(functools.partial(jax.grad(loss, has_aux=True), params), batch, key)
+
     def _eval_step(self, params, batch):
         """Returns the metrics of the batch, in the microbatches of a train step: as little memory is enough."""
-        return self._accumulated(lambda batch, _: _sums(self.objective.loss(params, batch, None)), batch, None)
+        return self._accumulated(lambda batch, _: _sums(self._loss(params, batch, None)), batch, None)
+
+    def _loss(self, params, batch, key):
+        """Returns the objective's Loss; where its examples interact, of the whole batch in microbatches.
+
+        Of these, the embedded examples alone are kept for the backward pass, which computes each once more: the
+        gradient of the whole batch in little more than the memory of one.
+
+        Source: arXiv:2101.06983, section 3.2, whose steps these are.
+        """
+        if not self._interacting:
+            return self.objective.loss(params, batch, key)
+        parts = self._microbatches(batch, key)
+        embedded = jax.lax.map(jax.checkpoint(lambda part: self.objective.embed(params, *part)), parts)
+        whole = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), embedded)
+        return self.objective.loss_of(params, whole, batch)
+
+    @property
+    def _interacting(self):
+        return self.config.accumulation_steps > 1 and getattr(self.objective, "examples_interact", False)
 
     def _accumulated(self, f, batch, key):
-        """Returns the sum of f(microbatch, key) over the microbatches of the batch, each with a key of its own."""
-        n = self.config.accumulation_steps
-        if n == 1:
+        """Returns the sum of f(microbatch, key) over the microbatches of the batch, each with a key of its own.
+
+        Examples that interact are in one: `_loss` takes them apart.
+        """
+        if self.config.accumulation_steps == 1 or self._interacting:
             return f(batch, key)
-        # Microbatch i takes every n-th example: each device keeps its own rows.
-        split = jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch)
-        parts = split, None if key is None else jax.random.split(key, n)
 
         def body(sums, part):
             return jax.tree.map(jnp.add, sums, f(*part)), None
 
+        parts = self._microbatches(batch, key)
         shapes = jax.eval_shape(f, *jax.tree.map(lambda x: x[0], parts))
         return jax.lax.scan(body, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), parts)[0]
+
+    def _microbatches(self, batch, key):
+        """Returns (batch, key), each array [microbatches, ...]: number i takes every n-th example from i on."""
+        n = self.config.accumulation_steps   # so each device keeps its own rows
+        split = jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch)
+        return split, None if key is None else jax.random.split(key, n)
 
 
 def _sums(loss):

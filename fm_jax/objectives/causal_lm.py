@@ -12,7 +12,7 @@ import numpy as np
 from fm_jax import model
 from fm_jax.architecture import Architecture
 from fm_jax.errors import UserError
-from fm_jax.frontends import TextModel, pooled
+from fm_jax.frontends import TextModel, text_vectors
 from fm_jax.model import Trunk
 from fm_jax.objectives import Loss, document_positions, uniform
 from fm_jax.sharding import Layout
@@ -135,7 +135,7 @@ class CausalLM:
 
     def embed(self, params, tokens_BT, length_B):
         """Returns float32 [B, D]: the mean hidden state of the first `length_B` tokens of each row."""
-        return pooled(self.hidden(params, tokens_BT)[0], length_B, "mean")
+        return text_vectors(self.hidden(params, tokens_BT)[0], length_B, "mean")
 
     def logits(self, params, tokens_BT):
         """Returns float32 logits [B, T, V]."""

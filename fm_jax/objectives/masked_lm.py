@@ -12,7 +12,7 @@ import numpy as np
 from fm_jax import model
 from fm_jax.architecture import Architecture
 from fm_jax.errors import UserError, choose
-from fm_jax.frontends import TextModel, pooled, real
+from fm_jax.frontends import TextModel, text_vectors, real
 from fm_jax.objectives import Loss, document_positions, uniform
 from fm_jax.sharding import Layout
 from fm_jax.tokenizer import check_vocab
@@ -142,7 +142,7 @@ class MaskedLM:
     def embed(self, params, tokens_BT, length_B):
         """Returns float32 [B, D]: the mean hidden state of the first `length_B` tokens of each row."""
         hidden, _, _ = self.module.apply({"params": params}, tokens_BT, segment_ids_BT=real(tokens_BT, length_B))
-        return pooled(hidden, length_B, "mean")
+        return text_vectors(hidden, length_B, "mean")
 
     def logits(self, params, tokens_BT):
         """Returns float32 logits [B, T, V]."""

@@ -13,7 +13,7 @@ from fm_jax import model
 from fm_jax.architecture import Architecture
 from fm_jax.data.examples import place_of
 from fm_jax.errors import UserError, choose
-from fm_jax.frontends import POOLINGS, TextModel, pooled, real
+from fm_jax.frontends import POOLINGS, TextModel, text_vectors, real
 from fm_jax.model import fan_in, param, zeros
 from fm_jax.objectives import Loss
 from fm_jax.sharding import Layout
@@ -43,6 +43,7 @@ class TextEmbedding:
     """
 
     reads = "examples"
+    examples_interact = True
 
     def __init__(self, config, tokenizer=None, layout: Layout | None = None, *, pooling="mean", normalize=True,
                  projection_dim=0, projection_activation="tanh", projection_bias=True, prompt="", scale=20.0,
@@ -57,10 +58,6 @@ class TextEmbedding:
         if self.arch.head_transform or not self.arch.tie_embeddings:
             raise UserError("model.head_transform and an untied head are of logits, which an embedding has none of: set "
                             "head_transform=False and tie_embeddings=True")
-        if config.accumulation_steps > 1:
-            raise UserError(f"config.accumulation_steps={config.accumulation_steps}: the pairs of a batch are each "
-                            "other's negatives, and those of a microbatch would be fewer; set it to 1, and --config.mesh "
-                            "or --config.model.remat to make room")
         choose(pooling, POOLINGS, f"{args}.pooling")
         choose(projection_activation, PROJECTION_ACTIVATIONS, f"{args}.projection_activation")
         if scale <= 0 or negatives < 0 or projection_dim < 0:
@@ -85,7 +82,7 @@ class TextEmbedding:
         self._fields = dict(pooling=pooling, normalize=normalize, projection_dim=projection_dim,
                             projection_activation=projection_activation, projection_bias=projection_bias)
         self.module = Embedder(self.arch, layout, **self._fields)
-        self.predict = {"embed": self.embed, "hidden": self.hidden}
+        self.predict = {"embed": self.vectors, "hidden": self.hidden}
 
     # --- the contract -------------------------------------------------------------------------------------------
 
@@ -118,11 +115,18 @@ class TextEmbedding:
         return unplaced.init(key, tokens, jnp.ones(1, jnp.int32), method="embed")["params"]
 
     def loss(self, params, batch, key=None):
-        B, S, T = batch["tokens"].shape
-        vectors = self.module.apply({"params": params}, batch["tokens"].reshape(B * S, T),
-                                    batch["lengths"].reshape(B * S), key, method="embed")
-        vectors = _unit(vectors).reshape(B, S, -1)
-        weight = batch["weights"]
+        return self.loss_of(params, self.embed(params, batch, key), batch)
+
+    def embed(self, params, batch, key=None):
+        """Returns float32 [n, 2 + negatives, D], of length 1: all that other examples of the batch see of each."""
+        n, S, T = batch["tokens"].shape
+        vectors = self.module.apply({"params": params}, batch["tokens"].reshape(n * S, T),
+                                    batch["lengths"].reshape(n * S), key, method="embed")
+        return _unit(vectors).reshape(n, S, -1)
+
+    def loss_of(self, params, vectors, batch):
+        """Returns the losses of a whole batch whose examples are `vectors`. One of weight 0 is no candidate."""
+        S, weight = self.texts, batch["weights"]
         # Every pair sees the texts of all others: of all devices.
         whole = lambda x: self.layout.constrain(x, *(None,) * x.ndim) if self.layout else x
         texts, candidates = vectors[:, 0], whole(vectors[:, 1:].swapaxes(0, 1).reshape(-1, vectors.shape[-1]))
@@ -147,7 +151,7 @@ class TextEmbedding:
         """
         return self._framed(self.tokenizer.encode_batch([self.prompt + text for text in texts], special=True))
 
-    def embed(self, params, tokens_BT, length_B):
+    def vectors(self, params, tokens_BT, length_B):
         """Returns float32 [B, D], of the first `length_B` tokens of each row."""
         return self.module.apply({"params": params}, tokens_BT, length_B, method="embed")
 
@@ -176,7 +180,7 @@ class TextEmbedding:
 
 
 class Embedder(TextModel):
-    """A text's vector: its hidden states, pooled, and projected where `projection_dim` says so."""
+    """A text's vector: its hidden states, text_vectors, and projected where `projection_dim` says so."""
 
     pooling: str = "mean"
     normalize: bool = True
@@ -196,7 +200,7 @@ class Embedder(TextModel):
     def embed(self, tokens_BT, length_B, key=None):
         """Returns float32 [B, D]."""
         hidden, _, _ = self(tokens_BT, segment_ids_BT=real(tokens_BT, length_B), key=key)
-        x = pooled(hidden, length_B, self.pooling)
+        x = text_vectors(hidden, length_B, self.pooling)
         if self.projection_dim:
             x = jnp.einsum("bd,de->be", x, self.projection.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
             x = PROJECTION_ACTIVATIONS[self.projection_activation](
