@@ -12,7 +12,7 @@ import numpy as np
 from fm_jax import model
 from fm_jax.architecture import Architecture
 from fm_jax.errors import UserError, choose
-from fm_jax.frontends import TextModel, text_vectors, real
+from fm_jax.frontends import TextModel, real, text_vectors
 from fm_jax.objectives import Loss, document_positions, uniform
 from fm_jax.sharding import Layout
 from fm_jax.tokenizer import check_vocab

@@ -13,7 +13,7 @@ from fm_jax import model
 from fm_jax.architecture import Architecture
 from fm_jax.data.examples import place_of
 from fm_jax.errors import UserError, choose
-from fm_jax.frontends import POOLINGS, TextModel, text_vectors, real
+from fm_jax.frontends import POOLINGS, TextModel, real, text_vectors
 from fm_jax.model import fan_in, param, zeros
 from fm_jax.objectives import Loss
 from fm_jax.sharding import Layout
@@ -65,6 +65,11 @@ class TextEmbedding:
                             f"{projection_dim} 0 or more")
         if layout is not None:
             model.check(self.arch, self.seq_len, layout)
+            # XLA:CPU (jax 0.10.2) lets the ring's collectives of two microbatches meet: gradients wrong, or a crash.
+            if config.accumulation_steps > 1 and layout.parts("length") > 1:
+                raise UserError(f"config.accumulation_steps={config.accumulation_steps} with mesh.context="
+                                f"{layout.parts('length')}: microbatches of pairs cannot be cut along their length; set "
+                                "one of them to 1")
         self.before, self.after, self.prompt = [], [], prompt
         if tokenizer is not None:
             check_vocab(tokenizer, self.arch.vocab_size)
@@ -180,7 +185,7 @@ class TextEmbedding:
 
 
 class Embedder(TextModel):
-    """A text's vector: its hidden states, text_vectors, and projected where `projection_dim` says so."""
+    """A text's vector: its hidden states, pooled, and projected where `projection_dim` says so."""
 
     pooling: str = "mean"
     normalize: bool = True
