@@ -19,7 +19,7 @@ CHOICES = {
     "norm": ("rmsnorm", "layernorm"),
     "norm_position": ("pre", "post", "sandwich", "output"),
     "activation": ("gelu", "gelu_tanh", "silu", "relu"),
-    "position": ("rope", "learned", "sinusoidal", "relative", "none"),
+    "position": ("rope", "learned", "sinusoidal", "relative", "learned_relative", "none"),
     "qk_norm": ("none", "head", "full"),
     "router_score": ("softmax", "sigmoid"),
     "remat": ("none", "full", "dots", "offload_full", "offload_dots"),
@@ -58,6 +58,7 @@ class Architecture:
     norm_eps: float = 1e-6
     norm_bias: bool = False
     norm_zero_centered: bool = False    # stores scale - 1 (Gemma)
+    first_norm: bool = True             # False: the first attention reads the embeddings as they are (ModernBERT)
     final_norm: bool = True             # norm after the last block; False with norm_position="post" (BERT)
 
     activation: str = "silu"            # gelu (erf), gelu_tanh, relu
@@ -79,7 +80,7 @@ class Architecture:
     capacity_factor: float = 0.0        # in training, an expert has room for this times its even share of each row's
                                         # tokens and drops the rest; 0: no token is dropped
 
-    position: str = "rope"              # learned, sinusoidal, relative, none
+    position: str = "rope"              # learned, sinusoidal, relative, learned_relative (both, MPNet), none
     relative_buckets: int = 32          # relative: a head adds to its scores a number by the distance of query and key,
     relative_max_distance: int = 128    # one of so many, the same in all layers; from this distance on one and the same
     rope_theta: float = 10000.0
@@ -96,7 +97,8 @@ class Architecture:
     position_offset: int = 0            # row of the learned positions' table for the first place (RoBERTa: 2)
     num_token_types: int = 0            # rows of a table added to the embeddings: which of two texts a token is of (BERT)
     embed_norm: bool = False            # of the embeddings' sum (BERT)
-    head_transform: bool = False        # before the logits a projection, the activation and a norm; logits have a bias
+    head_transform: bool = False        # before the logits a projection (with mlp_bias a bias too), the activation and
+                                        # a norm; logits have a bias
 
     tie_embeddings: bool = True
     embed_scale: float = 1.0            # token embeddings are multiplied by it (Gemma: sqrt(embed_dim))
@@ -153,7 +155,10 @@ class Architecture:
             choose(kind, ("global", "local"), "model.layer_pattern")
         _require("local" not in self.layer_pattern or self.window > 0, "window", self.window,
                  "must be positive where layer_pattern has local layers")
-        if self.position == "relative":
+        _require(self.first_norm or self.norm_position == "pre" and not (
+            self.num_experts or self.parallel_residual or self.cross_attention), "first_norm", self.first_norm,
+                 "needs norm_position='pre', and no experts, parallel_residual or cross_attention")
+        if self.has_relative_bias:
             _require(self.relative_buckets >= 4 and self.relative_buckets % 4 == 0, "relative_buckets",
                      self.relative_buckets, "must be a multiple of 4")
             _require(self.relative_max_distance > self.relative_buckets, "relative_max_distance",
@@ -200,10 +205,27 @@ class Architecture:
         return tuple(self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.num_layers))
 
     @property
+    def has_position_table(self) -> bool:
+        return self.position in ("learned", "learned_relative")
+
+    @property
+    def has_relative_bias(self) -> bool:
+        return self.position in ("relative", "learned_relative")
+
+    @property
+    def num_first_layers(self) -> int:
+        """Blocks of another kind before the others: of the first of `stacks`, where there are two."""
+        return self.num_dense_layers or int(not self.first_norm)
+
+    @property
     def stacks(self) -> tuple[tuple[str, "Architecture", int], ...]:
         """Name of the parameters, what its blocks are, and how many they are: of each run of blocks of one kind."""
-        if not self.num_dense_layers:
+        if not self.num_first_layers:
             return ("layers", self, self.num_layers),
+        if not self.first_norm:
+            pattern = self.layer_pattern[1:] + self.layer_pattern[:1]
+            rest = dataclasses.replace(self, first_norm=True, layer_pattern=pattern)
+            return (("first_layers", self, 1), ("layers", rest, self.num_layers - 1))[: self.num_layers]
         dense = dataclasses.replace(self, num_dense_layers=0, num_experts=0, expert_dim=0, num_shared_experts=0,
                                     router_bias=False, capacity_factor=0.0)
         return (("first_layers", dense, self.num_dense_layers),
@@ -237,10 +259,11 @@ class Architecture:
         layer = attention * (sublayers - 1)
         layer += norm * sublayers * (2 if self.norm_position == "sandwich" else 1)
         tables = self.vocab_size * D * (1 if self.tie_embeddings else 2)
-        tables += (self.max_seq_len + self.position_offset) * D if self.position == "learned" else 0
-        tables += self.relative_buckets * self.num_heads if self.position == "relative" else 0
+        tables += (self.max_seq_len + self.position_offset) * D * self.has_position_table
+        tables += self.relative_buckets * self.num_heads * self.has_relative_bias
         tables += self.num_token_types * D + norm * self.embed_norm
-        tables += (D * D + D + norm + self.vocab_size) * self.head_transform
+        tables += (D * D + D * self.mlp_bias + norm + self.vocab_size) * self.head_transform
+        tables -= norm * (not self.first_norm)
         return self.num_layers * layer + mlps + norm * self.final_norm + tables
 
     def matmul_param_count(self) -> int:

@@ -36,7 +36,7 @@ class TokenEmbed(nn.Module):
         table = lambda name: param(self, name, normal(0.02), a.param_dtype, vocab=a.vocab_size, embed=a.embed_dim)
         self.tokens = table("tokens")
         self.head = self.tokens if a.tie_embeddings else table("head")
-        if a.position == "learned":
+        if a.has_position_table:
             self.positions = param(self, "positions", normal(0.02), a.param_dtype,
                                    position=a.max_seq_len + a.position_offset, embed=a.embed_dim)
         if a.num_token_types:
@@ -48,7 +48,8 @@ class TokenEmbed(nn.Module):
         if a.head_transform:
             self.transform = param(self, "transform", fan_in(a.embed_dim), a.param_dtype, embed=a.embed_dim,
                                    norm=a.embed_dim)
-            self.transform_bias = param(self, "transform_bias", zeros, a.param_dtype, norm=a.embed_dim)
+            if a.mlp_bias:
+                self.transform_bias = param(self, "transform_bias", zeros, a.param_dtype, norm=a.embed_dim)
             self.transform_norm = Norm(a)
             self.bias = param(self, "head_bias", zeros, a.param_dtype, vocab=a.vocab_size)
 
@@ -59,7 +60,7 @@ class TokenEmbed(nn.Module):
         """
         a = self.arch
         rows = self._gatherable(self.tokens)[tokens_BT].astype(a.dtype) * jnp.asarray(a.embed_scale, a.dtype)
-        if a.position == "learned":
+        if a.has_position_table:
             rows += self._gatherable(self.positions, "position")[positions_BT + a.position_offset].astype(a.dtype)
         elif a.position == "sinusoidal":
             rows += sinusoidal_positions(positions_BT, a.embed_dim).astype(a.dtype)
@@ -83,7 +84,8 @@ class TokenEmbed(nn.Module):
             x_BTD = x_BTD * jnp.asarray(self.arch.logit_scale, x_BTD.dtype)
         if not self.arch.head_transform:
             return x_BTD
-        y = kernels.linear(x_BTD, self.transform) + self.transform_bias.astype(x_BTD.dtype)
+        y = kernels.linear(x_BTD, self.transform)
+        y = y + self.transform_bias.astype(y.dtype) if self.arch.mlp_bias else y
         return self.transform_norm(ACTIVATIONS[self.arch.activation](y))
 
     def loss_sum(self, x_BTD, labels_BT, weights_BT, z_loss: float):

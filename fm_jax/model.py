@@ -638,6 +638,7 @@ class Block(nn.Module):
         def sublayer(x, name, f, key, other=None):
             """Returns (x and what f makes of it, or of `other`; what it makes)."""
             before, read = a.norm_position in ("pre", "sandwich"), x if other is None else other
+            before = before and (a.first_norm or name != "attention")
             # Placed at once, or what is kept of them for the backward pass is whole on each device of `tensor`.
             entering = Norm(a, name=f"{name}_norm")(read) if before else read
             entering = _placed(entering, self.layout, "batch", length, "embed")
@@ -735,7 +736,7 @@ class Transformer(nn.Module):
         if positions_BT is None:
             positions_BT = index_BT if index_BT is not None else jnp.broadcast_to(jnp.arange(T), (B, T))
         bias = None
-        if a.position == "relative":
+        if a.has_relative_bias:
             table = param(self, "relative_bias", fan_in(a.embed_dim), a.param_dtype, position=a.relative_buckets,
                           kv_heads=a.num_kv_heads, groups=a.groups)
             bias = jnp.moveaxis(table.astype(jnp.float32)[relative_buckets(a)], 0, -1)
@@ -861,8 +862,8 @@ def check(arch: Architecture, length: int, layout: Layout) -> None:
     if not _cut(layout):
         return
     ring.check(length, layout)
-    if arch.cross_attention or arch.position == "relative":
-        what = "model.cross_attention" if arch.cross_attention else "model.position='relative'"
+    if arch.cross_attention or arch.has_relative_bias:
+        what = "model.cross_attention" if arch.cross_attention else f"model.position={arch.position!r}"
         raise UserError(f"{what} needs whole sequences, and mesh.context={layout.mesh.shape['context']} cuts them; set "
                         "mesh.context=1")
     if arch.attention_kernel != "auto":

@@ -70,9 +70,10 @@ def schedule(a, layout: Layout | None) -> Schedule | None:
     if stages == 1:
         return None
     groups, period = stages * a.pipeline_repeats, len(a.layer_pattern)
-    if (a.num_layers - a.num_dense_layers) % (groups * period):
+    if (a.num_layers - a.num_first_layers) % (groups * period):
         of = f" of whole periods of {period} layers (model.layer_pattern)" if period > 1 else ""
-        dense = f" without the first {a.num_dense_layers} (model.num_dense_layers)" if a.num_dense_layers else ""
+        which = "num_dense_layers" if a.num_dense_layers else "first_norm"
+        dense = f" without the first {a.num_first_layers} (model.{which})" if a.num_first_layers else ""
         raise UserError(f"model.num_layers={a.num_layers}{dense} does not make mesh.stage={stages} x "
                         f"model.pipeline_repeats={a.pipeline_repeats} equal groups{of}; change one of them, or take a multiple of "
                         f"{groups * period} layers")

@@ -259,8 +259,8 @@ class Pretrained:
     def embedded_ids(self, texts) -> list[np.ndarray]:
         """Returns the token ids, int32 [n], of which `embed` makes the vector of each text."""
         texts = _texts("texts", texts)
-        if hasattr(self.objective, "encode"):
-            return self.objective.encode(texts)
+        if hasattr(self.objective, "text_ids"):
+            return self.objective.text_ids(texts)
         start, _ = document_ends(self.tokenizer)
         return [np.array([start, *ids], np.int32)[: self.objective.arch.max_seq_len]
                 for ids in self.tokenizer.encode_batch(texts)]

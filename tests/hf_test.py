@@ -523,7 +523,7 @@ def test_a_family_is_what_transformers_computes(name, tmp_path):
     assert hf.model_of(back, "back") == hf.model_of(there, "there")
     assert (back["model_type"], back["architectures"]) == (there["model_type"], there["architectures"])
     if not lm.objective.arch.causal:
-        with pytest.raises(UserError, match="masked_lm.MaskedLM, which cannot score texts; it has hidden, logits"):
+        with pytest.raises(UserError, match="masked_lm.MaskedLM, which cannot score texts; it has embed, hidden, logits"):
             lm.score(["w1"], ["w2"])
 
 

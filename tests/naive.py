@@ -139,8 +139,8 @@ def stack(a, p, xs, segments=None, positions=None, prefix=None, context=None, co
     """Returns the outputs of the whole stack for one sequence of vectors."""
     positions = list(range(len(xs))) if positions is None else positions
     for l in range(a.num_layers):
-        dense = a.num_dense_layers
-        layer = _index(p["first_layers"], l) if l < dense else _index(p["layers"], l - dense)
+        apart = a.num_dense_layers or int(not a.first_norm)
+        layer = _index(p["first_layers"], l) if l < apart else _index(p["layers"], l - apart)
         local = a.layer_pattern[l % len(a.layer_pattern)] == "local"
 
         def sees(t, s):
@@ -154,7 +154,8 @@ def stack(a, p, xs, segments=None, positions=None, prefix=None, context=None, co
         def sublayer(xs, name, f, read=None):
             n = layer.get(f"{name}_norm")
             read = xs if read is None else read
-            ys = f([norm(a, n, x) for x in read] if a.norm_position in ("pre", "sandwich") else read)
+            bare = not a.first_norm and l == 0 and name == "attention"
+            ys = f([norm(a, n, x) for x in read] if a.norm_position in ("pre", "sandwich") and not bare else read)
             if a.norm_position in ("sandwich", "output"):
                 ys = [norm(a, layer[f"{name}_out_norm"], y) for y in ys]
             ys = [x + y for x, y in zip(xs, ys)]
@@ -177,7 +178,7 @@ def logits(a, p, tokens, segments=None, positions=None, **kwargs):
     xs = []
     for t, position in zip(tokens, positions):
         x = p["embed"]["tokens"][t] * a.embed_scale
-        if a.position == "learned":
+        if a.position.startswith("learned"):
             x = x + p["embed"]["positions"][position + a.position_offset]
         if a.position == "sinusoidal":
             angles = [position / 10000 ** (2 * i / a.embed_dim) for i in range(a.embed_dim // 2)]
@@ -190,7 +191,7 @@ def logits(a, p, tokens, segments=None, positions=None, **kwargs):
     table = p["embed"]["tokens" if a.tie_embeddings else "head"]
     if a.head_transform:
         e = p["embed"]
-        xs = [norm(a, e["transform_norm"], activation(a.activation, x @ e["transform"] + e["transform_bias"])) for x in xs]
+        xs = [norm(a, e["transform_norm"], activation(a.activation, x @ e["transform"] + e.get("transform_bias", 0))) for x in xs]
     out = np.stack([table @ x for x in xs]) + (p["embed"]["head_bias"] if a.head_transform else 0)
     return a.logit_softcap * np.tanh(out / a.logit_softcap) if a.logit_softcap else out
 

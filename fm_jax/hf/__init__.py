@@ -144,7 +144,7 @@ def save(folder, config, params, tokenizer, *, file_bytes: int = FILE_BYTES) -> 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists already and is not empty; name another folder")
     names = tree.flatten(params)
-    if homeless := sorted(set(names) - {row.name for row in family.rows}):
+    if homeless := weights.unwritten(family, model, names):
         raise UserError(f"{family.architecture} has no tensor for {', '.join(homeless)}")
     dtypes = {choose(np.dtype(p.dtype), tuple(DTYPES.values()), f"{n}: dtype") for n, p in names.items()}
     settings["torch_dtype"] = dtypes.pop().name if len(dtypes) == 1 else "float32"

@@ -54,8 +54,8 @@ def read(folder) -> tuple[dict, dict]:
     place = own["Dense"] / "config.json"
     dense = read_json(place)
     if dense.get("use_residual") or dense.get("module_input_name", "sentence_embedding") != "sentence_embedding":
-        raise UserError(f"{place}: this model cannot be computed here with a projection other than one of the sentence's "
-                        "vector")
+        raise UserError(f"{place}: this model cannot be computed here with a projection other than one of the "
+                        "sentence's vector")
     kind = choose(dense.get("activation_function"), _ACTIVATIONS, f"{place}: activation_function")
     settings |= {"projection_dim": dense["out_features"], "projection_bias": dense.get("bias", True),
                  "projection_activation": _ACTIVATIONS[kind]}

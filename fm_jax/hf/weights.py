@@ -45,7 +45,7 @@ def read(path, family: Family, model: Model, entries: dict[str, Entry], abstract
     where = {}   # name of ours -> the _Part of each layer and expert
     for tensor in tensors:
         for part in tensor.parts:
-            where.setdefault(part.row.name, []).append(part._replace(entry=entries[tensor.key]))
+            where.setdefault(part.name, []).append(part._replace(entry=entries[tensor.key]))
     sizes = _sizes(family, model)
 
     def one(name, leaf):
@@ -71,6 +71,8 @@ class _Part(NamedTuple):
     """Of a tensor, what is a parameter of ours: from `start` to `stop` of `length` along the axis marked "+"."""
 
     row: Row
+    name: str                    # of our parameter
+    at: tuple[int, ...]          # layer and expert in it
     start: int
     stop: int
     length: int = 0
@@ -80,7 +82,6 @@ class _Part(NamedTuple):
 class _Tensor(NamedTuple):
     key: str
     shape: tuple[int, ...]
-    at: tuple[int, ...]          # layer and expert
     parts: tuple[_Part, ...]
 
 
@@ -88,23 +89,39 @@ def _tensors(family, model, names):
     """Returns the tensors that a model of the family with our parameters `names` has, in the table's order."""
     groups, sizes, out = {}, _sizes(family, model), []
     for row in family.rows:
-        if row.name in names:
-            groups.setdefault(row.key, []).append(row)
+        groups.setdefault(row.key, []).append(row)
     for key, rows in groups.items():
-        parts, stop = [], 0
-        for row in rows:
-            start, stop = stop, stop + _blocks(row, sizes)[_joint(row)]
-            parts.append(_Part(row, start, stop))
-        parts = tuple(part._replace(length=stop) for part in parts)
-        shape, blocks = [], iter(_blocks(rows[0], sizes, stop))
-        for axis in rows[0].axes.split():
-            shape.append(math.prod(next(blocks) for _ in axis.split(":")))
         arch = model.stacks[rows[0].stack]
         layers = range(arch.num_layers) if "{}" in key else [None]
         experts = range(arch.num_experts) if "{e}" in key else [None]
-        out += [_Tensor(key.format(l, e=e), tuple(shape), tuple(i for i in (l, e) if i is not None), parts)
-                for l in layers for e in experts]
+        for l in layers:
+            for e in experts:
+                parts, stop = [], 0
+                for row in rows:
+                    name, layer = _home(row, l, arch)
+                    if name in names:
+                        start, stop = stop, stop + _blocks(row, sizes)[_joint(row)]
+                        at = tuple(i for i in (layer, e) if i is not None)
+                        parts.append(_Part(row, name, at, start, stop))
+                if parts:
+                    shape, blocks = [], iter(_blocks(parts[0].row, sizes, stop))
+                    for axis in parts[0].row.axes.split():
+                        shape.append(math.prod(next(blocks) for _ in axis.split(":")))
+                    out.append(_Tensor(key.format(l, e=e), tuple(shape),
+                                       tuple(part._replace(length=stop) for part in parts)))
     return out
+
+
+def _home(row, layer, arch):
+    """Returns (the name of the row's parameter, the layer in it): the first of a stack may be apart from the others."""
+    if layer is None or layer >= arch.num_first_layers:
+        return row.name, None if layer is None else layer - arch.num_first_layers
+    return re.sub(r"(^|\.)layers\.", r"\1first_layers.", row.name, count=1), layer
+
+
+def unwritten(family: Family, model: Model, names) -> list[str]:
+    """Returns those of our parameters that no tensor of the family holds."""
+    return sorted(set(names) - {part.name for tensor in _tensors(family, model, names) for part in tensor.parts})
 
 
 def _sizes(family, model):
@@ -177,10 +194,10 @@ def save(folder, family: Family, model: Model, names: dict, file_bytes: int) -> 
         first = tensor.parts[0].row
 
         def make(tensor=tensor, first=first):
-            parts = [_block(names[part.row.name][tensor.at], part.row, sizes) for part in tensor.parts]
+            parts = [_block(names[part.name][part.at], part.row, sizes) for part in tensor.parts]
             return np.concatenate(parts, axis=_joint(first)).reshape(tensor.shape)
 
-        dtype = np.dtype(names[first.name].dtype)
+        dtype = np.dtype(names[tensor.parts[0].name].dtype)
         if "/" in tensor.key:   # in a folder of its own
             inside, _, key = tensor.key.rpartition("/")
             apart.setdefault(inside, []).append((key, dtype, tensor.shape, make))

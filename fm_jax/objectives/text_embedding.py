@@ -56,8 +56,8 @@ class TextEmbedding:
         if self.arch.num_experts:
             raise UserError(f"model.num_experts={self.arch.num_experts}: experts are causal_lm's; set it to 0")
         if self.arch.head_transform or not self.arch.tie_embeddings:
-            raise UserError("model.head_transform and an untied head are of logits, which an embedding has none of: set "
-                            "head_transform=False and tie_embeddings=True")
+            raise UserError("model.head_transform and an untied head are of logits, which an embedding has none of: "
+                            "set head_transform=False and tie_embeddings=True")
         choose(pooling, POOLINGS, f"{args}.pooling")
         choose(projection_activation, PROJECTION_ACTIVATIONS, f"{args}.projection_activation")
         if scale <= 0 or negatives < 0 or projection_dim < 0:
@@ -68,8 +68,8 @@ class TextEmbedding:
             # XLA:CPU (jax 0.10.2) lets the ring's collectives of two microbatches meet: gradients wrong, or a crash.
             if config.accumulation_steps > 1 and layout.parts("length") > 1:
                 raise UserError(f"config.accumulation_steps={config.accumulation_steps} with mesh.context="
-                                f"{layout.parts('length')}: microbatches of pairs cannot be cut along their length; set "
-                                "one of them to 1")
+                                f"{layout.parts('length')}: microbatches of pairs cannot be cut along their length; "
+                                "set one of them to 1")
         self.before, self.after, self.prompt = [], [], prompt
         if tokenizer is not None:
             check_vocab(tokenizer, self.arch.vocab_size)
@@ -93,7 +93,8 @@ class TextEmbedding:
 
     def batch_spec(self, batch_size):
         make = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
-        return {"tokens": make(self.texts, self.seq_len), "lengths": make(self.texts), "weights": make(dtype=jnp.float32)}
+        return {"tokens": make(self.texts, self.seq_len), "lengths": make(self.texts),
+                "weights": make(dtype=jnp.float32)}
 
     def examples(self, records, seeds, train=True):
         """Returns of each record the tokens, int32 [n, 2 + negatives, seq_len], of its text, of the one that belongs to
@@ -150,7 +151,7 @@ class TextEmbedding:
 
     # --- predict ----------------------------------------------------------------------------------------------------
 
-    def encode(self, texts) -> list[np.ndarray]:
+    def text_ids(self, texts) -> list[np.ndarray]:
         """Returns the token ids, int32 [n], of which `embed` makes the vector of each text; one spelt as a special
         token is that token, as in other libraries.
         """
