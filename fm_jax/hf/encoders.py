@@ -1,6 +1,6 @@
 """Families of encoders of text: BERT and those after it."""
 
-from fm_jax.hf.tables import Family, Row, sentence_encoder, weight_and_bias
+from fm_jax.hf.tables import Family, Row, Windows, sentence_encoder, weight_and_bias
 
 _OURS = "transformer.layers."
 
@@ -49,6 +49,26 @@ _BERT = dict(only={"position_embedding_type": "absolute", "is_decoder": False, "
              harmless=("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
              objective="fm_jax.objectives.masked_lm.MaskedLM")
 
+_MODERN = "model.layers.{}."
+_MODERN_ROWS = (
+    Row("model.embeddings.tok_embeddings.weight", "V D", "embed.tokens", "VD"),
+    Row("model.embeddings.norm.weight", "D", "embed.norm.scale", "D"),
+    Row(_MODERN + "attn_norm.weight", "D", _OURS + "attention_norm.scale", "D"),   # but of the first layer
+    Row(_MODERN + "attn.Wqkv.weight", "+KGH D", _OURS + "attention.wq", "DKGH"),
+    Row(_MODERN + "attn.Wqkv.weight", "+KH D", _OURS + "attention.wk", "DKH"),
+    Row(_MODERN + "attn.Wqkv.weight", "+KH D", _OURS + "attention.wv", "DKH"),
+    Row(_MODERN + "attn.Wo.weight", "D KGH", _OURS + "attention.wo", "KGHD"),
+    Row(_MODERN + "mlp_norm.weight", "D", _OURS + "mlp_norm.scale", "D"),
+    Row(_MODERN + "mlp.Wi.weight", "+F D", _OURS + "mlp.w_gate", "DF"),
+    Row(_MODERN + "mlp.Wi.weight", "+F D", _OURS + "mlp.w_up", "DF"),
+    Row(_MODERN + "mlp.Wo.weight", "D F", _OURS + "mlp.w_down", "FD"),
+    Row("model.final_norm.weight", "D", "transformer.final_norm.scale", "D"),
+    Row("head.dense.weight", "U D", "embed.transform", "DU"),
+    Row("head.norm.weight", "D", "embed.transform_norm.scale", "D"),
+    Row("decoder.bias", "V", "embed.head_bias", "V"),
+    Row("decoder.weight", "V D", "embed.head", "VD"),
+)
+
 FAMILIES = {
     "bert": Family(
         "BertForMaskedLM", "bert.",
@@ -80,12 +100,48 @@ FAMILIES = {
         only={"sinusoidal_pos_embds": False, "tie_weights_": True, "tie_word_embeddings": True},
         harmless=("dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout"),
         objective="fm_jax.objectives.masked_lm.MaskedLM", buffers=r"distilbert\.embeddings\.position_ids"),
+    "mpnet": Family(
+        "MPNetForMaskedLM", "mpnet.",
+        (*_encoder("mpnet.", "mpnet.encoder.layer.{}.", **_BERT_LAYER | dict(
+            attention=[f"attention.attn.{one}" for one in "qkv"], attention_out="attention.attn.o",
+            attention_norm="attention.LayerNorm"), types=False,
+            head=("lm_head.dense", "lm_head.layer_norm", "lm_head.bias", "lm_head.decoder.weight")),
+         Row("mpnet.encoder.relative_attention_bias.weight", "B KG", "transformer.relative_bias", "BKG")),
+        _BERT_FIXED | dict(position="learned_relative", position_offset=2, relative_buckets=32,
+                           relative_max_distance=128),
+        (*(s for s in _BERT_SETTINGS if s[0] != "type_vocab_size"),
+         ("max_position_embeddings", "max_seq_len", 512, lambda v: v - 2, lambda a: a.max_seq_len + 2)),
+        **_BERT | dict(only=_BERT["only"] | {"relative_attention_num_buckets": 32}), sizes=lambda model: {"B": 32},
+        buffers=r"lm_head\.decoder\.bias|mpnet\.embeddings\.position_ids|mpnet\.pooler\..*"),
+    "modernbert": Family(
+        "ModernBertForMaskedLM", "model.", _MODERN_ROWS,
+        dict(causal=False, norm="layernorm", position="rope", gated_mlp=True, activation="gelu", embed_norm=True,
+             first_norm=False, head_transform=True, tie_embeddings=True),
+        (("vocab_size", "vocab_size", 50368), ("hidden_size", "embed_dim", 768), ("intermediate_size", "mlp_dim", 1152),
+         ("num_hidden_layers", "num_layers", 22), ("num_attention_heads", "num_heads", 12),
+         ("max_position_embeddings", "max_seq_len", 8192), ("norm_eps", "norm_eps", 1e-5)),
+        only={"hidden_activation": "gelu", "classifier_activation": "gelu", "norm_bias": False, "attention_bias": False,
+              "mlp_bias": False, "classifier_bias": False, "decoder_bias": True, "tie_word_embeddings": True},
+        harmless=("attention_dropout", "embedding_dropout", "mlp_dropout", "classifier_dropout", "classifier_pooling",
+                  "cls_token_id", "sep_token_id", "initializer_cutoff_factor", "deterministic_flash_attn",
+                  "reference_compile", "repad_logits_with_grad", "sparse_prediction", "sparse_pred_ignore_index",
+                  "position_embedding_type", "layer_norm_eps"),   # what is read is norm_eps
+        rope_theta=("global_rope_theta", 160000.0), rope_local_theta="local_rope_theta",
+        # A window of 128 tokens is the 64 before and the 64 behind.
+        windows=Windows(lambda s, i: i % (s.get("global_attn_every_n_layers") or 3) > 0, default=128, by_layer=True,
+                        keys=("global_attn_every_n_layers",), key="local_attention",
+                        ways=(lambda v: v // 2 + 1, lambda w: 2 * (w - 1))),
+        # transformers 4 has no layer_types.
+        write=lambda model: {"global_attn_every_n_layers": len(model.stacks["model"].layer_pattern)},
+        objective="fm_jax.objectives.masked_lm.MaskedLM"),
 }
 
-_HEADS = r"|cls\..*|lm_head\..*|vocab_\w+\..*"   # in files of a full model
+_HEADS = r"|cls\..*|lm_head\..*|vocab_\w+\..*|head\..*|decoder\..*"   # in files of a full model
 _POOLER = r"pooler\..*|embeddings\.position_ids" + _HEADS   # which sentence-transformers has no use for
 FAMILIES |= {
     "BertModel": sentence_encoder("bert", FAMILIES["bert"], "BertModel", _POOLER),
     "RobertaModel": sentence_encoder("roberta", FAMILIES["roberta"], "RobertaModel", _POOLER),
+    "MPNetModel": sentence_encoder("mpnet", FAMILIES["mpnet"], "MPNetModel", _POOLER),
+    "ModernBertModel": sentence_encoder("modernbert", FAMILIES["modernbert"], "ModernBertModel", _POOLER),
     "DistilBertModel": sentence_encoder("distilbert", FAMILIES["distilbert"], "DistilBertModel", _POOLER),
 }

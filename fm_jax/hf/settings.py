@@ -54,7 +54,7 @@ def model_of(settings: dict, place: str) -> Model:
     if rope:
         known |= {family.rope_theta[0], family.rope_frac[0], family.rope_local_theta, "rope_scaling", "rope_parameters"}
     if family.windows:
-        known |= {"sliding_window", "use_sliding_window", "layer_types", *family.windows.keys}
+        known |= {family.windows.key, "use_sliding_window", "layer_types", *family.windows.keys}
     settings = {family.aliases.get(key, key): value for key, value in _flat(settings, known)}
     wrong = [f"{k}={v!r}" for k, v in settings.items()
              if k not in known and k.rpartition("/")[2] not in HARMLESS and v is not None]
@@ -109,7 +109,7 @@ LAYER_TYPES = {"full_attention": "global", "sliding_attention": "local"}
 
 def _windows(settings, windows, num_layers, place):
     """Returns the fields layer_pattern and window of Architecture."""
-    window = settings.get("sliding_window", windows.default)
+    window = settings.get(windows.key, windows.default)
     if window is None or windows.switch and not settings.get("use_sliding_window", False):
         return {}
     if types := settings.get("layer_types"):
@@ -121,7 +121,7 @@ def _windows(settings, windows, num_layers, place):
     if "local" not in kinds:
         return {}
     period = next(p for p in range(1, num_layers + 1) if all(kinds[i] == kinds[i % p] for i in range(num_layers)))
-    return {"layer_pattern": kinds[:period], "window": window}
+    return {"layer_pattern": kinds[:period], "window": windows.ways[0](window) if windows.ways else window}
 
 
 def _rope(settings, family, max_seq_len, place):
@@ -244,7 +244,8 @@ def _express(name, model):
         settings["rope_scaling"] = None if kind == "none" else {"rope_type": kind} | {
             theirs: values[ours] for theirs, ours in _ROPE_KEYS.items() if values.get(ours)}
     if family.windows:
-        settings["sliding_window"] = arch.window if "local" in arch.layer_kinds else None
+        window = family.windows.ways[1](arch.window) if family.windows.ways else arch.window
+        settings[family.windows.key] = window if "local" in arch.layer_kinds else None
         if family.windows.switch:
             settings["use_sliding_window"] = "local" in arch.layer_kinds
         if family.windows.by_layer:

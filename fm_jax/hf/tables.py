@@ -92,6 +92,8 @@ class Windows(NamedTuple):
     switch: bool = False                 # use_sliding_window must be set too
     by_layer: bool = False               # config.json has layer_types
     keys: tuple[str, ...] = ()           # what `local` reads
+    key: str = "sliding_window"
+    ways: tuple | None = None            # where the key's number is not ours: (function of it, function back)
 
 
 def weight_and_bias(key, axes, name, letters, bias=None):
@@ -113,11 +115,12 @@ def sentence_encoder(name: str, family: Family, architecture: str, buffers: str 
             if row.key.startswith(family.prefix)]
     weight, bias = weight_and_bias(f"{sentences.DENSE}/linear", "Z D", "projection", "DZ",
                                    ("Z", "projection_bias", "Z"))
+    sizes = lambda model: {"Z": model.args["projection_dim"], **(family.sizes(model) if family.sizes else {})}
     return family._replace(
         architecture=architecture, prefix="", outer=family.prefix, rows=(*rows, weight, bias), model_type=name,
         fixed=family.fixed | {"head_transform": False, "tie_embeddings": True},
         settings=(*(s for s in family.settings if s[1] != "tie_embeddings"), *_SENTENCES, _CUT),
         only={k: v for k, v in family.only.items() if k != "tie_word_embeddings"},
         harmless=(*family.harmless, "tie_word_embeddings"), buffers=buffers, files=(sentences.FILE,),
-        sizes=lambda model: {"Z": model.args["projection_dim"]},
+        sizes=sizes,
         objective="fm_jax.objectives.text_embedding.TextEmbedding")

@@ -4,8 +4,8 @@ Of each: config.json and model.safetensors as transformers writes them, and expe
 `hidden` [2, 23, D] (after the last norm) and `logits` [2, 23, V]; where there is an encoder, of `decoder_tokens`
 [2, 17] behind it, where `mask` [2, 23] is 0 at the padding. Sizes are odd in some way: kv heads are not heads,
 head sizes not the width over the heads, windows shorter than the input. Weights are drawn in bfloat16 and stored in
-float32: half of their bytes compress away. Run it with a Python that has torch 2.13.0 and transformers 5.23.0; the test
-that reads them, in `tests/hf_test.py`, needs neither.
+float32: half of their bytes compress away. Run it with a Python that has torch 2.13.0, transformers 5.23.0 and, for
+`sentence_*`, sentence-transformers 6.2.0; the tests that read them, in `tests/hf_test.py`, need none of these.
 
 Try:  .venv-lm-eval-hf/bin/python tests/peers/make_hf_models.py            # all; or the names of some
 """
@@ -55,6 +55,18 @@ ENCODERS = {
     "roberta": ("Roberta", dict(BERT, pad_token_id=1, max_position_embeddings=50)),
     "distilbert": ("DistilBert", dict(vocab_size=VOCAB, dim=20, n_layers=2, n_heads=4, hidden_dim=28,
                                       max_position_embeddings=48)),
+    "mpnet": ("MPNet", dict(BERT, pad_token_id=1, max_position_embeddings=50)),
+    "modernbert": ("ModernBert", dict(BERT, hidden_size=24, num_hidden_layers=5, local_attention=8, pad_token_id=0,
+                                      cls_token_id=None, sep_token_id=None)),
+}
+# Of sentence-transformers: the model, the pooling, the width of a projection (0: none), whether vectors are normalised.
+SENTENCES = {
+    "sentence_bert": ("Bert", BERT, "mean", 14, True),
+    "sentence_roberta": ("Roberta", ENCODERS["roberta"][1], "cls", 0, False),
+    "sentence_distilbert": ("DistilBert", ENCODERS["distilbert"][1], "max", 0, True),
+    "sentence_mpnet": ("MPNet", ENCODERS["mpnet"][1], "mean", 0, True),
+    "sentence_modernbert": ("ModernBert", ENCODERS["modernbert"][1], "mean", 0, False),
+    "sentence_qwen3": ("Qwen3", DECODERS["qwen3"][1], "lasttoken", 0, True),
 }
 
 T5 = dict(vocab_size=VOCAB, d_model=20, d_kv=6, d_ff=28, num_layers=2, num_decoder_layers=3, num_heads=4,
@@ -93,6 +105,19 @@ def make(name):
     with torch.no_grad():
         out = model(tokens, output_hidden_states=True, **given)
         hidden = out.decoder_hidden_states[-1] if name in SEQ2SEQ else out.hidden_states[-1]
+        if name in ENCODERS:   # of two texts alone, which ours are to have in one row
+            alone = lambda text: model(text, output_hidden_states=True).hidden_states[-1][0].numpy()
+            texts = {"first": alone(tokens[:1, :13]), "second": alone(tokens[1:, :10])}
+        else:
+            texts = {}
+    folder = save(name, model)
+    np.savez_compressed(folder / "expected.npz", tokens=tokens.numpy().astype(np.int32),
+                        hidden=hidden.numpy(), logits=out.logits.numpy(), **texts,
+                        **{key: value.numpy().astype(np.int32) for key, value in more.items()})
+    print(name, sum(f.stat().st_size for f in folder.iterdir()))
+
+
+def save(name, model) -> Path:
     folder = FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as made:
@@ -100,12 +125,47 @@ def make(name):
         settings = json.loads(Path(made, "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
         (folder / "model.safetensors").write_bytes(Path(made, "model.safetensors").read_bytes())
+    return folder
+
+
+def make_sentences(name):
+    """Of expected.npz: `tokens` [2, 23], `lengths` [2], and what sentence-transformers makes of them, `vectors`."""
+    from sentence_transformers import models
+
+    kind, settings, pooling, width, normalize = SENTENCES[name]
+    torch.manual_seed(sum(map(ord, name)))
+    config = getattr(transformers, kind + "Config")(**settings)
+    # A pooler is no part of the sentence's vector.
+    bare = {"add_pooling_layer": False} if kind in ("Bert", "Roberta", "MPNet") else {}
+    model = transformers.AutoModel.from_config(config, attn_implementation="eager", **bare).float().eval()
+    size = model.get_input_embeddings().embedding_dim
+    modules = [("1_Pooling", models.Pooling(size, pooling_mode=pooling))]
+    if width:
+        modules.append(("2_Dense", models.Dense(size, width)))
+    if normalize:
+        modules.append((f"{len(modules) + 1}_Normalize", models.Normalize()))
+    for each in (model, *(module for _, module in modules)):
+        draw(each)
+    tokens, lengths = torch.randint(2, VOCAB, (2, LENGTH)), torch.tensor([LENGTH, 11])
+    mask = (torch.arange(LENGTH) < lengths[:, None]).long()
+    tokens = torch.where(mask > 0, tokens, settings.get("pad_token_id") or 0)
+    with torch.no_grad():
+        features = {"token_embeddings": model(tokens, attention_mask=mask).last_hidden_state, "attention_mask": mask}
+        for _, module in modules:
+            features = module(features)
+    folder, listed = save(name, model), [("", "sentence_transformers.models.Transformer")]
+    for path, module in modules:
+        (folder / path).mkdir(exist_ok=True)
+        module.save(str(folder / path))
+        listed.append((path, f"{type(module).__module__}.{type(module).__name__}"))
+    listed = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(listed)]
+    (folder / "modules.json").write_text(json.dumps(listed, indent=1) + "\n")
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 30}\n')
     np.savez_compressed(folder / "expected.npz", tokens=tokens.numpy().astype(np.int32),
-                        hidden=hidden.numpy(), logits=out.logits.numpy(),
-                        **{key: value.numpy().astype(np.int32) for key, value in more.items()})
-    print(name, sum(f.stat().st_size for f in folder.iterdir()))
+                        lengths=lengths.numpy().astype(np.int32), vectors=features["sentence_embedding"].numpy())
+    print(name, sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))
 
 
 if __name__ == "__main__":
-    for each in sys.argv[1:] or DECODERS | ENCODERS | SEQ2SEQ:
-        make(each)
+    for each in sys.argv[1:] or DECODERS | ENCODERS | SEQ2SEQ | SENTENCES:
+        make_sentences(each) if each in SENTENCES else make(each)
