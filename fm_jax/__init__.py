@@ -6,8 +6,8 @@ Importing this package is cheap: no jax, no device. `fm_jax.load(folder)` gives 
 __version__ = "0.1.0"
 
 
-def load(folder, *, step=None, mesh=None):
+def load(folder, **how):
     """Returns the model in a run folder, ready to use: see `fm_jax.pretrained.load`."""
     from fm_jax import pretrained
 
-    return pretrained.load(folder, step=step, mesh=mesh)
+    return pretrained.load(folder, **how)

@@ -162,10 +162,11 @@ def _unshared(folder):
 
 
 def describe_run(folder, config: ml_collections.ConfigDict, step: int, *, tokenizer=None,
-                 data: dict | None = None) -> None:
+                 data: dict | None = None, base: dict | None = None) -> None:
     """Returns nothing; writes what describes the run, after `start` has found where it begins: at `step`.
 
-    `tokenizer`: has `fingerprint` and `save(folder)`. `data`: {name: fingerprint}, JSON values.
+    `tokenizer`: has `fingerprint` and `save(folder)`. `data`: {name: fingerprint}, JSON values. `base`: where the
+    parameters are from that the checkpoints lack, see `base_of`.
     Checkpoints of later steps, which are corrupt if `start` has passed over them, are renamed to STEP.corrupt; in a
     bucket, their meta.json to meta.json.corrupt, until that step is saved again.
 
@@ -175,11 +176,11 @@ def describe_run(folder, config: ml_collections.ConfigDict, step: int, *, tokeni
     folder = storage.place(folder)
     _sync("run folder read")   # no process writes before all have looked
     if jax.process_index() == 0:
-        _describe(folder, config, step, tokenizer, data)
+        _describe(folder, config, step, tokenizer, data, base)
     _sync("run folder described")   # nor looks again before one has written
 
 
-def _describe(folder, config, step, tokenizer, data):
+def _describe(folder, config, step, tokenizer, data, base):
     with _writable(folder), storage.local(folder) as files:
         run, here = _read_run(folder) if steps(folder) else {}, files.path
         (here / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -189,7 +190,7 @@ def _describe(folder, config, step, tokenizer, data):
         os.replace(here / "config.json.new", here / "config.json")
         if tokenizer is not None and run.get("tokenizer") != tokenizer.fingerprint:
             tokenizer.save(here / "tokenizer")
-        run |= _fingerprints(tokenizer, data) | {"starts": [*run.get("starts", []), _versions()]}
+        run |= _fingerprints(tokenizer, data) | ({"base": base} if base else {}) | {"starts": [*run.get("starts", []), _versions()]}
         _write_json(here / "run.json", run)
 
 
@@ -224,6 +225,11 @@ def _read_run(folder):
         raise UserError(f"{path}: damaged ({run if isinstance(run, ValueError) else 'not a JSON object'}): put a copy "
                         "back, or delete it to start without a check against that run's settings, tokenizer and data")
     return run
+
+
+def base_of(folder) -> dict:
+    """Returns what a run with checkpoints noted of its base, see `adapt.Adaptation.read_base`; {} where it has none."""
+    return _read_run(folder).get("base", {}) if steps(folder) else {}
 
 
 def check_tokenizer(folder, tokenizer) -> None:
@@ -359,7 +365,7 @@ def restore_params(folder, step: int | None = None, abstract=None, *, ema: bool 
     return _read_params(checkpoint / item, abstract)
 
 
-def start(folder, config: ml_collections.ConfigDict, abstract, init, *, axes=None, tokenizer=None,
+def start(folder, config: ml_collections.ConfigDict, abstract, init, *, axes=None, model=None, tokenizer=None,
           data: dict | None = None):
     """Returns (state, its step, line): what a run begins with, and where it came from, for the user. Writes nothing.
 
@@ -372,7 +378,8 @@ def start(folder, config: ml_collections.ConfigDict, abstract, init, *, axes=Non
          average, if it keeps one), step 0;
       4. `init()`: all fresh.
     `abstract`: the state as `jax.ShapeDtypeStruct` with shardings; `init()`: a fresh state of these.
-    `axes`: logical axes of the parameters. `tokenizer`, `data`: as in `describe_run`; None is not compared.
+    `axes`: logical axes of the parameters. `model`: all parameters of the model, where some
+    do not train or are adapters. `tokenizer`, `data`: as in `describe_run`; None is not compared.
 
     Raises:
       UserError: the newest checkpoint is corrupt, unless `on_corrupt` is "previous"; then the newest good one
@@ -398,17 +405,18 @@ def start(folder, config: ml_collections.ConfigDict, abstract, init, *, axes=Non
     if options.init_from:
         item = lambda checkpoint: _params_item(checkpoint, ema=True)
         step, note = _newest_good(options.init_from, options.on_corrupt, lambda checkpoint: (item(checkpoint),))
-        chosen = tree.flatten(tree.mask(abstract.params, [options.init_pattern], "config.checkpoint.init_pattern"))
-        wanted = {n: a for n, a in tree.flatten(abstract.params).items() if chosen[n]}
+        chosen = tree.flatten(tree.mask(model or abstract.params, [options.init_pattern],
+                                        "config.checkpoint.init_pattern"))
+        wanted = {n: a for n, a in tree.flatten(abstract.params).items() if chosen.get(n)}
         note += _check_vocabulary(options.init_from, wanted, axes, tokenizer)
         checkpoint = storage.place(options.init_from) / "checkpoints" / str(step)
-        read = tree.flatten(_read_params(checkpoint / item(checkpoint), _nest(wanted)))
+        read = tree.flatten(_read_params(checkpoint / item(checkpoint), tree.nest(wanted))) if wanted else {}
         state = init()
         state = state.replace(params=tree.map_named(lambda n, p: read.get(n, p), state.params))
         if state.ema is not None:   # copies: a donated buffer must not be in the state twice
             state = state.replace(ema=tree.map_named(lambda n, p: jnp.copy(read[n]) if n in read else p, state.ema))
-        line = (f"step 0 with {len(read)} of {len(chosen)} parameters from step {step} of {options.init_from} "
-                f"(checkpoint.init_from), the others fresh{note}")
+        line = (f"step 0 with {len(read)} of {len(tree.flatten(state.params))} parameters from step {step} of "
+                f"{options.init_from} (checkpoint.init_from), the others fresh{note}")
         return state, 0, line
     return init(), 0, f"fresh start, seed {config.seed}"
 
@@ -538,17 +546,6 @@ def _for_orbax(path):
     if isinstance(path, storage.Url):
         storage.teach_orbax()
     return epath.Path(path.absolute())   # it takes no other
-
-
-def _nest(flat):
-    nested = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split(".")
-        node = nested
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return nested
 
 
 # --- Writing
@@ -688,7 +685,7 @@ class Checkpoints:
         _sync("room for a checkpoint made")
 
     def _check_space(self, step, state):
-        shards = [s for x in jax.tree.leaves(state) for s in x.addressable_shards if s.replica_id == 0]
+        shards = [s for x in jax.tree.leaves(_items(state)) for s in x.addressable_shards if s.replica_id == 0]
         need_gb = 1.01e-9 * sum(s.data.nbytes for s in shards) + 1e-3   # and what describes them
         free_gb = lambda: shutil.disk_usage(self._folder).free / 1e9
         if self._deleting and free_gb() < need_gb:

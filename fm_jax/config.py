@@ -35,6 +35,8 @@ CHOICES = {
     "optimizer.moment_dtype": ("float32", "bfloat16"),
     "optimizer.offload": ("none", "host"),
     "checkpoint.on_corrupt": ("stop", "previous"),
+    "adapt.quantize": ("", "int8", "int4", "nf4"),
+    "quantized": ("", "int8", "int4", "nf4"),
 }
 # Sections whose keys depend on another value. Those of `encoder` are of `model` and checked here, the others where used.
 OPEN = ("objective_args", "encoder", "model.rope_scaling")
@@ -56,6 +58,7 @@ def defaults() -> ml_collections.ConfigDict:
     c.seq_len = 256                      # tokens per example
     c.accumulation_steps = 1             # microbatches per step; equal to the large batch exactly
     c.xla_flags = "auto"                 # compiler options for the chip, see xla_flags.py; none; auto,NAME=VALUE,...
+    c.quantized = ""                     # how its matrices are stored: int8, int4, nf4; set by convert --quantize
     c.compiled_step = ""                 # file of plan --compiled_step: start with its program instead of compiling
 
     # See architecture.py. Its field defaults, not an instance's values: a 0 there is derived from the other fields.
@@ -82,13 +85,24 @@ def defaults() -> ml_collections.ConfigDict:
     o.b1 = 0.9
     o.b2 = 0.95
     o.eps = 1e-8
+    o.layer_decay = 1.0                  # a layer's rate is this times that of the next one; embeddings come first
     o.weight_decay = 0.1                 # decoupled, times the learning rate
-    o.no_decay = (".*(scale|bias)",)     # parameter-name patterns (full match) without weight decay
+    o.no_decay = (".*(scale|bias|magnitude)",)     # parameter-name patterns (full match) without weight decay
     o.clip_norm = 1.0                    # global gradient norm; 0: off
     o.ema_decay = 0.0                    # EMA of the parameters; 0: off
     o.muon_learning_rate = 0.02          # muon: peak for the matrices; the rest follows adamw's
     o.moment_dtype = "float32"           # of the first moment
     o.offload = "none"                   # host: the optimizer's state is on the device during its update alone
+
+    c.adapt = a = ml_collections.ConfigDict()   # of the base `checkpoint.init_from`; patterns of names, full match
+    a.freeze = ()                        # parameters that do not train; default none, but with `lora` the whole base
+    a.lora = ()                          # frozen matrices that get a low-rank addition, which trains
+    a.lora_rank = 8                      # columns of the one factor of the addition, rows of the other
+    a.lora_alpha = 16.0                  # the addition is times lora_alpha / lora_rank,
+    a.lora_rank_stabilized = False       # or lora_alpha / sqrt(lora_rank) (arXiv:2312.03732)
+    a.lora_dropout = 0.0                 # of a matrix's inputs, for the addition
+    a.dora = False                       # the norm of each column trains too (arXiv:2402.09353)
+    a.quantize = ""                      # how frozen matrices are kept: int8, int4, nf4 (arXiv:2305.14314)
 
     c.mesh = m = ml_collections.ConfigDict()   # devices per axis; -1: all that remain
     m.slice = 1                          # slices or hosts joined by a slow network: gradients alone cross it
@@ -298,6 +312,9 @@ def resolve(config: ml_collections.ConfigDict, *, examples_per_epoch: int | None
     for key in ("optimizer.b1", "optimizer.b2", "optimizer.ema_decay"):
         require(key, lambda v: 0 <= v < 1, "must be in [0, 1)")
     require("optimizer.final_learning_rate_frac", lambda v: 0 <= v <= 1, "must be in [0, 1]")
+    require("optimizer.layer_decay", lambda v: 0 < v <= 1, "must be above 0, and at most 1")
+    require("adapt.lora_rank", lambda v: v >= 1, "must be at least 1")
+    require("adapt.lora_dropout", lambda v: 0 <= v < 1, "must be in [0, 1)")
     require("checkpoint.keep_last", lambda v: v >= 1, "must be at least 1, or the run could not continue")
     require("batch_size", lambda v: v % c.accumulation_steps == 0,
             f"must be divisible by config.accumulation_steps={c.accumulation_steps}")

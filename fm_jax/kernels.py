@@ -101,7 +101,8 @@ def gradients_together(x, params):
 
 def _together_backward(_, gradients):
     def wait(dx, dparams):
-        return dx + 0 * sum(d.ravel()[0].astype(dx.dtype) for d in jax.tree.leaves(dparams))
+        of_floats = [d for d in jax.tree.leaves(dparams) if jnp.issubdtype(d.dtype, jnp.inexact)]   # codes have none
+        return dx + 0 * sum(d.ravel()[0].astype(dx.dtype) for d in of_floats)
 
     dx, dparams = gradients
     return jax.lax.platform_dependent(dx, dparams, cpu=wait, default=lambda dx, dparams: dx), dparams

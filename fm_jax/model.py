@@ -13,6 +13,7 @@ import functools
 from typing import Any, NamedTuple
 
 from flax import linen as nn
+from flax import struct
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
@@ -36,8 +37,32 @@ TAPS = ("residual", "attention", "mlp", "k", "v", "router")
 
 # --- parameters ---------------------------------------------------------------------------------------------------
 
+class Derived(struct.PyTreeNode):
+    """What may stand in a parameter's place and makes it there: a matrix in few bits, or with an adapter (adapt.py)."""
+
+    def array(self):
+        """Returns the parameter."""
+        raise NotImplementedError
+
+
+def made(p):
+    """Returns a parameter, whatever stands in its place."""
+    return p.array() if isinstance(p, Derived) else p
+
+
+def is_derived(p) -> bool:
+    return isinstance(p, Derived)
+
+
+def merged(params):
+    """Returns a tree of parameters as plain arrays: of what is derived, what it makes."""
+    return jax.tree.map(made, params, is_leaf=is_derived)
+
+
 def param(module: nn.Module, name: str, init, dtype: str = "float32", /, **axes: int):
     """Returns the parameter `name` of shape `axes.values()` with logical axes `axes.keys()`, in that order."""
+    if is_derived(held := module.get_variable("params", name)):
+        return held.array()
     make = lambda key: Boxed(init(key, tuple(axes.values()), jnp.dtype(dtype)), tuple(axes))
     return module.param(name, make)
 

@@ -24,10 +24,11 @@ WIDTH = ("embed", "expert_embed")   # axes of the residual stream
 MUON_MOMENTUM = 0.95             # Jordan et al., see `_muon`
 
 
-def make(o, *, total_steps: int, warmup_steps: int, decay_steps: int, params, axes):
+def make(o, *, total_steps: int, warmup_steps: int, decay_steps: int, params, axes, model=None):
     """Returns (optax.GradientTransformation, schedule: step -> learning rate) of `config.optimizer`.
 
-    params: nested dict of arrays or shape structs. axes: the same tree of tuples of logical names.
+    params: nested dict of arrays or shape structs. axes: the same tree of tuples of logical names. model: of all
+    parameters, where some do not train: their names are known to patterns too.
     The transformation clips by global norm, takes the optimizer's direction, adds `weight_decay`
     times the parameters (decoupled, all but `no_decay`), and multiplies by minus the learning rate of
     the step that `update(grads, state, params, step=)` is told. Its state is the same with clipping on or off,
@@ -36,7 +37,9 @@ def make(o, *, total_steps: int, warmup_steps: int, decay_steps: int, params, ax
     Raises: UserError where a name is unknown or a `no_decay` pattern matches no parameter.
     """
     lengths = dict(total_steps=total_steps, warmup_steps=warmup_steps, decay_steps=decay_steps)
-    decayed = jax.tree.map(lambda kept: not kept, tree.mask(params, o.no_decay, what="config.optimizer.no_decay"))
+    known = tree.flatten(model or {}) | tree.flatten(params)
+    kept = tree.mask(known, o.no_decay, what="config.optimizer.no_decay")
+    decayed = tree.map_named(lambda n, _: not kept[n], params)
     rate = schedule(o, o.learning_rate, **lengths)
 
     def step_of(direction, rate):
@@ -57,6 +60,8 @@ def make(o, *, total_steps: int, warmup_steps: int, decay_steps: int, params, ax
         tx = optax.partition(
             {True: step_of(_muon(o, axes, matrices), schedule(o, o.muon_learning_rate, **lengths)),
              False: step_of(adam, rate)}, matrices)
+    if o.layer_decay < 1:
+        tx = optax.chain(tx, by_layer(o.layer_decay, axes))
     clip = clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity()
     return in_float32(optax.chain(clip, tx)), rate
 
@@ -140,6 +145,36 @@ def scale_by_rate(rate) -> optax.GradientTransformationExtraArgs:
         return jax.tree.map(lambda u: scale * u, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def by_layer(decay: float, axes) -> optax.GradientTransformation:
+    """Returns a transformation that multiplies the updates of each layer by `decay` once for each layer above it.
+
+    What is below all layers, the tables of `embed`, is one layer more; norms and heads behind them have the full rate.
+    Each stack of an objective counts its own layers. Source: arXiv:2003.10555, appendix A (layer-wise learning rates).
+
+    axes: the parameters' logical axes.
+    """
+    def scale(updates, _):
+        flat, names = tree.flatten(updates), tree.flatten(axes, is_leaf=is_axes)
+        own = lambda name: name.rpartition("transformer.")[0] if "transformer." in name else name.rpartition("embed.")[0]
+        depth = {}   # of each stack, what "first_layers" and "layers" are long
+        for name, u in flat.items():
+            if names[name][0] in ("first_layers", "layers"):
+                depth.setdefault(own(name), {})[names[name][0]] = u.shape[0]
+
+        def factor(name, u):
+            layers = depth.get(own(name), {})
+            total, kind = sum(layers.values()), names[name][0]
+            if kind in layers:
+                at = jnp.arange(u.shape[0]) + (layers.get("first_layers", 0) if kind == "layers" else 0)
+                return (decay ** (total - 1 - at)).reshape(-1, *(1,) * (u.ndim - 1))
+            below = "embed." in name and not name.rpartition(".")[2].startswith(("head", "transform"))
+            return decay ** total if below and "transform_norm" not in name else 1.0
+
+        return tree.map_named(lambda name, u: u * factor(name, u), updates)
+
+    return optax.stateless(scale)
 
 
 def in_float32(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:

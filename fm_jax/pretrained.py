@@ -10,19 +10,24 @@ import operator
 import os.path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from fm_jax import checkpoint, config as config_lib, decode, distributed, hf, objectives, scoring, sharding, storage
-from fm_jax import tokenizer as tokenizers, tree
+from fm_jax import adapt, checkpoint, config as config_lib, decode, distributed, hf, objectives, quantize, scoring
+from fm_jax import sharding, storage, tokenizer as tokenizers, tree
 from fm_jax.data.prepared import document_ends
 from fm_jax.errors import UserError, choose
+from fm_jax.model import merged
 
 EMBED_TOKENS = 4096   # of the texts in one call
 STEPS = 8   # tokens between two looks of the host; with 1 a GPT-2-like model is 1.2 times slower at 8 rows, 1.05 at 1
 
 
-def load(folder, *, step: int | None = None, mesh: dict | None = None, ema: bool = True) -> "Pretrained":
+def load(folder, *, step: int | None = None, mesh: dict | None = None, ema: bool = True,
+         base: str = "") -> "Pretrained":
     """Returns the model in a run folder, in a folder of Hugging Face weights, or in a GGUF file.
+
+    Of a run that trained adapters or a part of a model, that is the whole model, with its adapters merged.
 
     Args:
       folder: what `--workdir` was.
@@ -30,6 +35,7 @@ def load(folder, *, step: int | None = None, mesh: dict | None = None, ema: bool
       mesh: devices per axis, as `config.mesh`, whatever mesh it was trained on; default one device, and of several
         processes, which must use all that they have, data=-1.
       ema: take the average of the parameters where the run keeps one.
+      base: the run with the parameters that this one did not train; default where it was then.
 
     Raises:
       UserError: no run there, no readable checkpoint, another tokenizer than theirs, or a mesh that does not fit.
@@ -50,9 +56,23 @@ def load(folder, *, step: int | None = None, mesh: dict | None = None, ema: bool
     with storage.local(folder, "tokenizer") as files:
         tokenizer = tokenizers.load(files.path / "tokenizer")
     checkpoint.check_tokenizer(folder, tokenizer)
-    objective, abstract = _abstract(config, tokenizer, mesh)
+    objective, model, axes = _abstract(config, tokenizer, mesh)
+    layout, here = objective.module.layout, adapt.Adaptation(config, model, axes)
+    if base and here.frozen is None:
+        raise UserError(f"base={base!r}: the run in {folder} has all parameters of its model")
     step = max(checkpoint.steps(folder), default=None) if step is None else step
-    return Pretrained(config, tokenizer, objective, checkpoint.restore_params(folder, step, abstract, ema=ema), step)
+    flat_axes, kind = tree.flatten(here.axes, is_leaf=sharding.is_axes), config.quantized
+    stored = jax.eval_shape(lambda: quantize.tree_of(jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), here.params),
+                                                     flat_axes, kind))
+    abstract = layout.abstract(stored, tree.nest(quantize.axes_of(flat_axes, kind)))
+    params = checkpoint.restore_params(folder, step, abstract, ema=ema)
+    if kind:
+        params = quantize.derived(params, tree.flatten(model), flat_axes, kind)
+    if here.frozen is not None:
+        frozen, _ = here.read_base(config, layout, checkpoint.base_of(folder), base)
+        params = jax.jit(lambda params, frozen: merged(here.combined(params, frozen)),
+                         out_shardings=layout.parameters(model, axes))(params, frozen)
+    return Pretrained(config, tokenizer, objective, params, step)
 
 
 def load_hf(folder, *, mesh: dict | None = None, dtype: str = "") -> "Pretrained":
@@ -65,17 +85,16 @@ def load_hf(folder, *, mesh: dict | None = None, dtype: str = "") -> "Pretrained
     """
     there = hf.open_folder(folder)
     config, tokenizer = hf.read_config(there, dtype=dtype), hf.read_tokenizer(there)
-    objective, abstract = _abstract(config, tokenizer, mesh)
+    objective, model, axes = _abstract(config, tokenizer, mesh)
+    abstract = objective.module.layout.abstract(model, axes)
     return Pretrained(config, tokenizer, objective, hf.read_params(there, abstract))
 
 
 def _abstract(config, tokenizer, mesh):
-    """Returns (objective, its parameters as shape structs with shardings on the mesh)."""
+    """Returns (objective on the mesh, its parameters as shape structs, the tree of their logical axes)."""
     layout = sharding.Layout(sharding.make_mesh(mesh or {"data": -1 if jax.process_count() > 1 else 1}))
     objective = objectives.load(config, tokenizer, layout)
-    params, axes = sharding.unbox(jax.eval_shape(objective.init, jax.random.key(0)))
-    return objective, jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s),
-                                   params, layout.parameters(params, axes))
+    return objective, *sharding.unbox(jax.eval_shape(objective.init, jax.random.key(0)))
 
 
 def parse_mesh(text: str) -> dict[str, int] | None:

@@ -47,6 +47,8 @@ RULES = {
     "router": ((), ()),         # one score for each expert
     "vocab": (("tensor",), ("tensor",)),
     "position": ((), ()),       # rows of a position table
+    "rank": ((), ()),           # of a low-rank adapter
+    "block": ((), ()),          # scales of a quantised matrix, along its inputs
     "norm": ((), ()),           # scales and biases of norms: small, replicated
     # Cut in the shard_map of pipeline.py alone. By constraints, gradients went wrong silently on the CPU backend of jax
     # 0.10 and 0.11.
@@ -129,6 +131,11 @@ class Layout:
     def parameters(self, params, axes):
         """Returns the tree of NamedShardings of parameters (arrays or shape structs) with logical `axes`."""
         return tree.map_named(lambda n, a, p: self.sharding(a, p.shape, what=n), axes, params, is_leaf=is_axes)
+
+    def abstract(self, params, axes):
+        """Returns the shape structs of parameters with logical `axes`, with their shardings."""
+        return jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params,
+                            self.parameters(params, axes))
 
     def batch(self, ndim: int) -> NamedSharding:
         """Returns the sharding of a batch array [batch, ...]."""

@@ -16,20 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fm_jax import chip_kernels, compiled_step, optim, pipeline, sharding, xla_flags
+from fm_jax import adapt, chip_kernels, compiled_step, optim, pipeline, sharding, xla_flags
 from fm_jax.errors import UserError
+from fm_jax.model import merged
 from fm_jax.objectives import Objective
 from fm_jax.sharding import Layout
 
 
 @struct.dataclass
 class State:
-    """All that a run is at a step, arrays only. `ema` is None where `config.optimizer.ema_decay` is 0."""
+    """All that a run is at a step, arrays only."""
 
     step: jax.Array     # int32, steps done
-    params: Any
+    params: Any         # what trains
     opt_state: Any
-    ema: Any
+    ema: Any            # of params; None where `config.optimizer.ema_decay` is 0
+    frozen: Any = None  # the parameters that do not train, as `adapt` keeps them; no checkpoint has them
 
 
 class Program:
@@ -37,9 +39,9 @@ class Program:
 
     Attributes:
       abstract: State of shape structs with shardings: the restore target, and what `plan` reports.
-      axes: logical axes of the parameters. schedule: step -> learning rate.
+      adaptation: which parameters train. axes: logical axes of these. schedule: step -> learning rate.
       train_step(state, batch, step) -> (state, metrics), jitted; donates the state.
-      eval_step(params, batch) -> metrics, jitted.
+      eval_step(params, frozen, batch) -> metrics, jitted.
     Metrics are {name: (sum, weight)}, to be added over batches before they are divided, and {name: count}; float32
     scalars.
     """
@@ -60,13 +62,15 @@ class Program:
         # the backend, which `plan` must not.
         self._init_params = jax.jit(objective.init)
         boxed = jax.eval_shape(lambda: self._init_params(jax.random.key(0)))
-        params, self.axes = sharding.unbox(boxed)
+        self.adaptation = adapt.Adaptation(config, *sharding.unbox(boxed))
+        params, self.axes = self.adaptation.params, self.adaptation.axes
         tx, self.schedule = optim.make(
             config.optimizer, total_steps=config.steps, warmup_steps=config.optimizer.warmup_steps,
-            decay_steps=config.optimizer.decay_steps, params=params, axes=self.axes)
+            decay_steps=config.optimizer.decay_steps, params=params, axes=self.axes, model=self.adaptation.model[0])
         self.tx = optim.skip_outliers(tx, config.health.skip_grad_norm_factor,
                                       config.health.skip_grad_norm_warmup_steps)
         placed = layout.parameters(params, self.axes)
+        frozen = self.adaptation.frozen and layout.parameters(self.adaptation.frozen, self.adaptation.frozen_axes)
         shapes = jax.eval_shape(self._around, params)
         self._working = working = optim.state_shardings(self.tx, params, placed, layout.replicated)
         if config.model.remat.startswith("offload"):
@@ -76,9 +80,10 @@ class Program:
             kept = lambda kind: jax.tree.map(lambda s, a: s.with_memory_kind(kind) if a.ndim else s, working,
                                              shapes.opt_state)
             self._working, working = kept(sharding.DEVICE), kept(sharding.HOST)
-        self.shardings = State(layout.replicated, placed, working, placed if config.optimizer.ema_decay else None)
+        self.shardings = State(layout.replicated, placed, working, placed if config.optimizer.ema_decay else None,
+                               frozen)
         self.abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-                                     shapes, self.shardings)
+                                     shapes.replace(frozen=self.adaptation.frozen), self.shardings)
         self.batch_spec = {
             name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout.batch(a.ndim))
             for name, a in objective.batch_spec(config.batch_size).items()}
@@ -87,14 +92,15 @@ class Program:
         options = xla_flags.compiler_options(config.xla_flags, layout)
         self.train_step = jax.jit(self._train_step, donate_argnums=0, in_shardings=(self.shardings, batch, here),
                                   out_shardings=(self.shardings, here), compiler_options=options)
-        self.eval_step = jax.jit(self._eval_step, in_shardings=(placed, batch), out_shardings=here,
+        self.eval_step = jax.jit(self._eval_step, in_shardings=(placed, frozen, batch), out_shardings=here,
                                  compiler_options=options)
 
     def init(self) -> State:
-        """Returns the state at step 0, each array made in its shards, never whole on one device."""
+        """Returns the state at step 0 but for what is frozen, each array made in its shards, never whole on one device.
+        """
         # XLA:CPU spends 7 s on the random bits of a small model, and 1 s at this level for the same values.
         options = {"xla_backend_optimization_level": 1} if self.layout.platform == "cpu" else None
-        return jax.jit(self._init, out_shardings=self.shardings, compiler_options=options)()
+        return jax.jit(self._init, out_shardings=self.shardings.replace(frozen=None), compiler_options=options)()
 
     def load_compiled(self, tokenizer) -> None:
         """Returns nothing; takes the train step from `config.compiled_step`, where it names a file.
@@ -117,7 +123,7 @@ class Program:
         if not self.config.compiled_step:
             self.traced().lower().compile()
         if self.config.eval.every:
-            self.eval_step.lower(self.eval_params(self.abstract), self.batch_spec).compile()
+            self.eval_step.lower(self.eval_params(self.abstract), self.abstract.frozen, self.batch_spec).compile()
 
     @functools.cached_property
     def rows(self) -> np.ndarray:
@@ -151,11 +157,24 @@ class Program:
         """Returns the parameters to evaluate: their average, where the run keeps one."""
         return state.params if state.ema is None else state.ema
 
+    def model_params(self, state: State):
+        """Returns all parameters of the model, to evaluate, as plain arrays."""
+        return self._merge(self.eval_params(state), state.frozen)
+
+    @functools.cached_property
+    def _merge(self):
+        if self.adaptation.frozen is None:
+            return lambda params, _: params
+        model, axes = self.adaptation.model
+        return jax.jit(lambda params, frozen: merged(self.adaptation.combined(params, frozen)),
+                       out_shardings=self.layout.parameters(model, axes))
+
     # --- what is compiled -------------------------------------------------------------------------------------------
 
     def _init(self):
         key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
-        return self._around(sharding.unbox(self._init_params(key))[0])
+        model = sharding.unbox(self._init_params(key))[0]
+        return self._around(self.adaptation.init(jax.random.fold_in(key, 1), model))
 
     def _around(self, params):
         """Returns the state at step 0 that has these parameters."""
@@ -174,7 +193,7 @@ class Program:
         # 1: the parameters were drawn from 0.
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
 
-        grads, sums = self._gradients(params, batch, key)
+        grads, sums = self._gradients(params, state.frozen, batch, key)
         total, weight = sums["loss"]
         scored = jnp.where(weight > 0, weight, 1.0)
         grads = jax.tree.map(lambda g: g / scored, grads)
@@ -187,28 +206,29 @@ class Program:
         new_params = optax.apply_updates(params, updates)
         ema = None if state.ema is None else optim.ema_update(
             state.ema, new_params, config.optimizer.ema_decay, state.step)
-        new = State(state.step + 1, new_params, opt_state, ema)
+        new = State(state.step + 1, new_params, opt_state, ema)   # what is frozen waits outside: not a copy of it
         one = jnp.float32(1)
         metrics = sums | {"grad_norm": (grad_norm, one), "learning_rate": (self.schedule(step), one),
                           "finite": (finite.astype(jnp.float32), one)}
         if config.health.skip_grad_norm_factor:
             metrics["skipped_steps"] = one - (opt_state.taken - state.opt_state.taken)
         apply = finite & (state.step == step)
-        new = jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, state)
+        new = jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, state.replace(frozen=None))
         if offload:
             new = new.replace(opt_state=jax.device_put(new.opt_state, self.shardings.opt_state))
-        return new, metrics
+        return new.replace(frozen=state.frozen), metrics
 
-    def _gradients(self, params, batch, key):
+    def _gradients(self, params, frozen, batch, key):
         """Returns (the gradient of the batch's loss, metrics), both sums."""
         def loss(params, batch, key):
-            out = self._loss(params, batch, key)
+            out = self._loss(self.adaptation.combined(params, frozen, key), batch, key)
             return out.loss, _sums(out)
 
         return self._accumulated(functools.partial(jax.grad(loss, has_aux=True), params), batch, key)
 
-    def _eval_step(self, params, batch):
+    def _eval_step(self, params, frozen, batch):
         """Returns the metrics of the batch, in the microbatches of a train step: as little memory is enough."""
+        params = self.adaptation.combined(params, frozen)
         return self._accumulated(lambda batch, _: _sums(self._loss(params, batch, None)), batch, None)
 
     def _loss(self, params, batch, key):

@@ -75,7 +75,8 @@ def train(config, workdir, *, profile_steps: int = 0, peers: distributed.Peers |
             if stop.asked():
                 return {}
             watchdog.beat(f"a batch of the validation after step {step}")
-            sums.add(jax.device_get(program.eval_step(program.eval_params(state), program.place(batch))))
+            values = program.eval_step(program.eval_params(state), state.frozen, program.place(batch))
+            sums.add(jax.device_get(values))
         values = sums.take("validation/")
         text = ", ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in values.items())
         progress.note(f"step {step}: validation {text}")
@@ -86,7 +87,7 @@ def train(config, workdir, *, profile_steps: int = 0, peers: distributed.Peers |
     def evaluate(state, step):
         """Writes and shows what `config.eval.tasks` find, but where the run is told to stop."""
         watchdog.beat(None)   # a task may be long
-        values = _evaluate(config, tokenizer, objective, program.eval_params(state), tasks, stop)
+        values = _evaluate(config, tokenizer, objective, program.model_params(state), tasks, stop)
         if values:
             progress.note(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
             writer.write(step, values)
@@ -119,7 +120,12 @@ def train(config, workdir, *, profile_steps: int = 0, peers: distributed.Peers |
         distributed.log_to(files.path)
         # Whatever refuses the start does so before anything in the folder changes.
         state, start, origin = checkpoint.start(workdir, config, program.abstract, program.init, axes=program.axes,
-                                                **described)
+                                                model=program.adaptation.model[0], **described)
+        if program.abstract.frozen is not None:
+            frozen, described["base"] = program.adaptation.read_base(config, layout, checkpoint.base_of(workdir))
+            state = state.replace(frozen=frozen)
+            origin += f"; frozen ones from step {described['base']['step']} of {described['base']['folder']}" + (
+                f", kept in {config.adapt.quantize}" if config.adapt.quantize else "")
         writer = metrics.Writer(files.path, start, tensorboard=config.log.tensorboard)
         checkpoint.describe_run(workdir, config, start, **described)
         held.enter_context(writer)
@@ -129,7 +135,9 @@ def train(config, workdir, *, profile_steps: int = 0, peers: distributed.Peers |
         traced = held.enter_context(metrics.profile(files.path / "profile", traced_from, profile_steps))
         watchdog = held.enter_context(distributed.Watchdog(config.health.hang_timeout_s, peers))
 
-        progress.note(f"{config.name or config.objective}: {tree.count(program.abstract.params):,} parameters on "
+        training, whole = tree.count(program.abstract.params), tree.count(program.adaptation.model[0])
+        of_model = "" if program.abstract.frozen is None else f" train, {training / whole:.2%} of the model's,"
+        progress.note(f"{config.name or config.objective}: {training:,} parameters{of_model} on "
                       f"{devices.size} {devices.flat[0].device_kind} ({mesh})")
         progress.note(origin)
         if start >= config.steps:
@@ -236,7 +244,8 @@ def _check_best(config, program):
                         f"steps: make one of config.checkpoint.every={saved} and config.eval.every={validated} a "
                         "multiple of the other")
     sums = metrics.Sums()
-    values = jax.eval_shape(program.eval_step, program.eval_params(program.abstract), program.batch_spec)
+    values = jax.eval_shape(program.eval_step, program.eval_params(program.abstract), program.abstract.frozen,
+                            program.batch_spec)
     sums.add(jax.tree.map(lambda a: np.zeros(a.shape), values))
     choose(config.checkpoint.best_metric, sums.take("validation/"), "config.checkpoint.best_metric")
 

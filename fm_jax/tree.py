@@ -22,6 +22,18 @@ def flatten(tree, is_leaf=None) -> dict:
     return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)}
 
 
+def nest(flat: dict) -> dict:
+    """Returns the nested dict that `flatten` makes {dotted name: leaf} of."""
+    nested = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split(".")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return nested
+
+
 def map_named(f, tree, *rest, is_leaf=None):
     """Returns the tree with each leaf replaced by `f(dotted name, leaf, ...)`."""
     return jax.tree_util.tree_map_with_path(lambda path, *xs: f(name(path), *xs), tree, *rest, is_leaf=is_leaf)

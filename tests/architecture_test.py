@@ -19,8 +19,8 @@ PACKAGE = ROOT / "fm_jax"
 LAYERS = (
     ("errors", "architecture", "config", "distributed", "tree", "sharding", "hlo", "storage"),
     ("chip_kernels", "kernels", "ring", "pipeline", "model", "frontends", "tokenizer", "xla_flags"),
-    ("objectives", "data", "optim", "checkpoint", "metrics", "gguf"),
-    ("decode", "hf", "scoring", "compiled_step", "step", "topology"),
+    ("objectives", "data", "optim", "checkpoint", "metrics", "gguf", "quantize"),
+    ("adapt", "decode", "hf", "scoring", "compiled_step", "step", "topology"),
     ("pretrained", "evals", "engine", "roofline"),
     ("train", "evaluate", "generate", "serve", "lm_eval", "plan", "benchmark", "prepare", "report", "convert",
      "forecast"),
@@ -32,7 +32,7 @@ SAME_LAYER = {
     ("model", "kernels"),
     ("model", "ring"), ("model", "pipeline"), ("frontends", "kernels"),
     ("frontends", "model"),
-    ("step", "compiled_step"),
+    ("step", "compiled_step"), ("step", "adapt"), ("quantize", "optim"),
     ("objectives", "data"),   # how an error names a record
     ("plan", "forecast"),     # the command prints what this finds
     ("report", "evaluate"),   # the report runs the evaluation that the command does
@@ -162,7 +162,7 @@ except SystemExit as e:
 
 # What the code calls each section where it reads a key: `config.optimizer` is `o` in optim.py.
 SECTION_NAMES = {"": {"config", "c"}, "model": {"a", "arch"}, "optimizer": {"optimizer", "o"},
-                 "checkpoint": {"checkpoint", "options", "_options"}}
+                 "checkpoint": {"checkpoint", "options", "_options"}, "adapt": {"adapt", "c", "_c"}}
 DERIVED = {"model.rope_frac": "rope_dim"}   # read as a property of Architecture
 # Their names say all there is; a new key gets a comment.
 PLAIN_KEYS = {"optimizer.b1", "optimizer.b2", "optimizer.eps", "checkpoint.keep_last", "checkpoint.asynchronous",

@@ -324,9 +324,9 @@ def test_accumulation_equals_the_large_batch(name, one_device):
 def test_only_training_drops_tokens():
     program = make(**{"model.capacity_factor": 0.3})
     batch, state = program.place(step_test.batches(program, 1)[0]), program.init()
-    held_out = program.eval_step(state.params, batch)
+    held_out = program.eval_step(state.params, None, batch)
     dropless = make()
-    want = dropless.eval_step(state.params, batch)
+    want = dropless.eval_step(state.params, None, batch)
     assert float(held_out["dropped_frac"][0]) == 0
     jax.tree.map(np.testing.assert_array_equal, held_out, want)
     _, metrics = program.train_step(state, batch, 0)

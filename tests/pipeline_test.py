@@ -156,7 +156,7 @@ def test_a_train_step_is_that_of_one_device():
         state = program.init()
         start = tree.flatten(jax.device_get(state.params))
         state, metrics = program.train_step(state, program.place(batch(program)), 0)
-        evaluated = program.eval_step(state.params, program.place(batch(program)))
+        evaluated = program.eval_step(state.params, None, program.place(batch(program)))
         runs.append((start, tree.flatten(jax.device_get(state.params)), float(metrics["loss"][0]),
                      float(metrics["grad_norm"][0]), float(evaluated["loss"][0])))
     (start, end, *numbers), (other_start, other_end, *other_numbers) = runs

@@ -149,8 +149,8 @@ def test_what_is_gathered_on_a_mesh(mesh):
 
 def test_the_models_use_every_rule():
     axes = {a for model in MODELS for t in jax.tree.leaves(make(model=model).axes, is_leaf=sharding.is_axes) for a in t}
-    of_experts = {"experts", "expert_embed", "router", "first_layers"}   # in moe_test.py
-    assert axes | of_experts | {"batch", "length", "between", "pieces"} == set(sharding.RULES)
+    elsewhere = {"experts", "expert_embed", "router", "first_layers", "rank", "block"}   # in moe_test, adapt_test
+    assert axes | elsewhere | {"batch", "length", "between", "pieces"} == set(sharding.RULES)
 
 
 @pytest.mark.parametrize("mesh, n", [({}, 4), (dict(data=2, fsdp=2, tensor=2), 2)], ids=str)
@@ -185,27 +185,27 @@ def test_bfloat16_computes_over_float32_state(one_device):
 def test_evaluation_sums_add_up_to_the_loss(one_device):
     program = make()
     data, state = batches(program, 1)[0], program.init()
-    whole = program.eval_step(program.eval_params(state), program.place(data))
+    whole = program.eval_step(program.eval_params(state), None, program.place(data))
     np.testing.assert_allclose(whole["loss"][0] / whole["loss"][1], one_device("scanned")[0][0], rtol=1e-5)
     halves = []
     for rows in (slice(0, 3), slice(3, BATCH)):   # the rest of each is padding of weight 0
         part = {k: v.copy() for k, v in data.items()}
         part["weights"][[i for i in range(BATCH) if i not in range(BATCH)[rows]]] = 0
-        halves.append(program.eval_step(state.params, program.place(part)))
+        halves.append(program.eval_step(state.params, None, program.place(part)))
     for name in whole:
         np.testing.assert_allclose([a + b for a, b in zip(halves[0][name], halves[1][name])], whole[name], rtol=1e-5)
     part["weights"][:] = 0
-    empty = program.eval_step(state.params, program.place(part))
+    empty = program.eval_step(state.params, None, program.place(part))
     assert all(float(x) == 0 for x in jax.tree.leaves(empty))
 
 
 def test_evaluation_takes_the_memory_of_a_microbatch():
     whole, parts, small = make(batch_size=64), make(batch_size=64, accumulation_steps=8), make(batch_size=8)
-    need = lambda p: p.eval_step.lower(p.abstract.params, p.batch_spec).compile().memory_analysis().temp_size_in_bytes
+    need = lambda p: p.eval_step.lower(p.abstract.params, None, p.batch_spec).compile().memory_analysis().temp_size_in_bytes
     assert need(parts) < 1.5 * need(small) < need(whole) / 4   # the sums and the scan need little
     params = whole.init().params
     batch = whole.place(whole.objective.random_batch(64, np.random.default_rng(0)))
-    got, want = parts.eval_step(params, batch), whole.eval_step(params, batch)
+    got, want = parts.eval_step(params, None, batch), whole.eval_step(params, None, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)   # order of sums
 
 

@@ -399,7 +399,7 @@ def held_out_metrics(program, params):
     """Returns the means over the held-out split, by the parts of the loop."""
     sums = metrics.Sums()
     for batch in batches.open_batches(program.config, program.objective, split="validation").iterate():
-        sums.add(jax.device_get(program.eval_step(params, program.place(batch))))
+        sums.add(jax.device_get(program.eval_step(params, None, program.place(batch))))
     return sums.take("validation/")
 
 

@@ -1,0 +1,251 @@
+"""Freezing, low-rank adapters and quantised bases: what trains, what is kept, and what the model then is."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import fm_jax
+from fm_jax import checkpoint, config as config_lib, objectives, quantize, sharding, tree
+from fm_jax.errors import UserError
+from fm_jax.model import merged
+from fm_jax.step import Program
+from fm_jax.train import train
+
+LORA = ("transformer.*attention.w[qkvo]", "transformer.*mlp.w_.*")
+
+
+def program(mesh=None, **changes):
+    config = config_lib.from_file("configs/causal_lm.py:tiny", {
+        "checkpoint.init_from": "base", "model.num_kv_heads": 2, "adapt.lora_rank": 3,
+        **{k.replace("__", "."): v for k, v in changes.items()}})
+    config = config_lib.resolve(config)
+    layout = sharding.Layout(sharding.make_mesh(mesh or {"data": 1}))
+    return Program(config, objectives.load(config, None, layout), layout)
+
+
+def model_of(p, seed=7):
+    """Returns random parameters of the whole model; none is 0, so that no transposition goes unseen."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32) * 0.1, p.adaptation.model[0])
+
+
+def begun(p, **randomly):
+    """Returns (state on the model of `model_of`, that model). randomly: adapters that are random and not as drawn."""
+    model, rng = model_of(p), np.random.default_rng(3)
+    base = {n: a for n, a in tree.flatten(model).items() if n in tree.flatten(p.adaptation._base)}
+    frozen = jax.device_put(p.adaptation.kept(tree.nest(base)), p.shardings.frozen)
+    state = p.init().replace(frozen=frozen)
+    if randomly:
+        params = tree.map_named(lambda n, a: rng.normal(size=a.shape).astype(np.float32) * 0.2 if n.split(".")[-1] in (
+            "lora_a", "lora_b", "magnitude") else a, state.params)
+        state = state.replace(params=jax.device_put(params, p.shardings.params))
+    return state, model
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_is_the_papers_matrix(dora):
+    p = program(adapt__lora=LORA, adapt__lora_alpha=5.0, adapt__dora=dora)
+    state, model = begun(p, adapters="random")
+    adapters, merged = tree.flatten(jax.device_get(state.params)), tree.flatten(p.model_params(state))
+    D = 32   # rows of w are inputs, as in the papers' W transposed; layers by themselves
+    for name, ins in (("transformer.layers.attention.wq", 1), ("transformer.layers.attention.wo", 3),
+                      ("transformer.layers.mlp.w_down", 1)):
+        w = tree.flatten(model)[name]
+        for layer in range(2):
+            flat = w[layer].reshape(np.prod(w.shape[1 : 1 + ins]), -1)
+            a = adapters[name + ".lora_a"][layer].reshape(flat.shape[0], 3)
+            b = adapters[name + ".lora_b"][layer].reshape(3, flat.shape[1])
+            want = flat + 5 / 3 * a @ b
+            if dora:
+                m = adapters[name + ".magnitude"][layer].reshape(-1) * np.linalg.norm(flat, axis=0)
+                want = m * want / np.linalg.norm(want, axis=0)
+            np.testing.assert_allclose(np.asarray(merged[name])[layer].reshape(flat.shape), want, atol=2e-6)
+    assert D == p.objective.arch.embed_dim
+    np.testing.assert_array_equal(merged["embed.tokens"], tree.flatten(model)["embed.tokens"])
+
+
+def test_the_scale_is_of_the_rank():
+    state = lambda p: begun(p, adapters="random")[0]
+    name = "transformer.layers.mlp.w_up"
+    plain, stable = program(adapt__lora=(name,)), program(adapt__lora=(name,), adapt__lora_rank_stabilized=True)
+    base = tree.flatten(model_of(plain))[name]
+    added = [np.asarray(tree.flatten(p.model_params(state(p)))[name]) - base for p in (plain, stable)]
+    np.testing.assert_allclose(added[1], added[0] * 3 ** 0.5, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [dict(adapt__lora=LORA), dict(adapt__lora=LORA, adapt__dora=True),
+                                     dict(adapt__lora=LORA, adapt__quantize="nf4"),
+                                     dict(adapt__freeze=("embed.*", ".*norm.*"))])
+def test_at_first_it_is_the_base_and_then_only_what_trains_changes(changes):
+    p = program(**changes)
+    state, model = begun(p)
+    merged = tree.flatten(jax.device_get(p.model_params(state)))
+    same = {n: a for n, a in tree.flatten(model).items() if n in tree.flatten(p.adaptation._base)}
+    for n, a in same.items():
+        limit = 0.16 * np.abs(a).max() if changes.get("adapt__quantize") and quantize.axis_of(
+            tree.flatten(p.adaptation.model[1], sharding.is_axes)[n]) else 1e-7
+        np.testing.assert_allclose(merged[n], a, atol=limit)   # nf4: half of the widest gap between its values
+    before = jax.device_get((state.params, state.frozen))
+    batch = p.place(p.objective.random_batch(8, np.random.default_rng(0)))
+    losses, addresses = [], []
+    for step in range(6):
+        state, values = p.train_step(state, batch, step)
+        losses.append(float(values["loss"][0] / values["loss"][1]))
+        addresses.append(jax.tree.leaves(state.frozen)[0].unsafe_buffer_pointer())
+    assert losses[-1] < losses[0]
+    after = jax.device_get((state.params, state.frozen))
+    jax.tree.map(np.testing.assert_array_equal, after[1], before[1])
+    assert addresses[-1] == addresses[0]   # handed on, not copied
+    assert all((a != b).any() for a, b in zip(jax.tree.leaves(after[0]), jax.tree.leaves(before[0])))
+
+
+def test_the_gradient_is_that_through_the_whole_matrix():
+    """Of a step with SGD's direction: B moves by A^T dW, where dW is the whole model's own gradient."""
+    name = "transformer.layers.attention.wv"
+    p = program(adapt__lora=(name,))
+    state, model = begun(p, adapters="random")
+    batch = p.place(p.objective.random_batch(8, np.random.default_rng(0)))
+    loss = lambda params: p.objective.loss(params, batch, None).loss
+    dw = tree.flatten(jax.grad(loss)(p.model_params(state)))[name]
+    through = jax.grad(lambda params: loss(p.adaptation.combined(params, state.frozen)))(state.params)
+    a = np.asarray(tree.flatten(state.params)[name + ".lora_a"])
+    want = 16 / 3 * np.einsum("ldr,ldkh->lrkh", a, dw)
+    np.testing.assert_allclose(tree.flatten(through)[name + ".lora_b"], want, rtol=2e-4, atol=1e-4)
+
+
+def test_dropout_leaves_out_inputs_and_only_in_training():
+    name = "transformer.layers.mlp.w_up"
+    p = program(adapt__lora=(name,), adapt__lora_dropout=0.5)
+    state, model = begun(p, adapters="random")
+    added = lambda key: np.asarray(tree.flatten(merged(
+        p.adaptation.combined(state.params, state.frozen, key)))[name]) - tree.flatten(model)[name]
+    whole, dropped = added(None), added(jax.random.key(0))
+    out = (np.abs(dropped) < 1e-7).all(-1)   # of each layer and input
+    assert 0.3 < out.mean() < 0.7 and (out[0] != out[1]).any()
+    np.testing.assert_allclose(dropped[~out], 2 * whole[~out], atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [dict(adapt__dora=True), dict(adapt__quantize="int4")])
+def test_any_mesh_trains_the_same_adapter(changes):
+    losses = []
+    for mesh in ({"data": 1}, {"fsdp": 4, "tensor": 2}, {"data": 2, "context": 2, "tensor": 2}, {"stage": 2, "fsdp": 4}):
+        p = program(mesh, adapt__lora=LORA, **{"batch_size": 8}, **changes)
+        state, _ = begun(p, adapters="random")
+        batch = p.place(p.objective.random_batch(8, np.random.default_rng(0)))
+        for step in range(2):
+            state, values = p.train_step(state, batch, step)
+        losses.append(float(values["loss"][0]))
+    np.testing.assert_allclose(losses, losses[0], rtol=2e-5)   # sums in another order
+
+
+# --- runs
+
+
+@pytest.fixture(scope="module")
+def base(tiny_run, tmp_path_factory):
+    """Returns a copy of the small run, which a test may move."""
+    folder = tmp_path_factory.mktemp("base") / "base"
+    shutil.copytree(tiny_run[0], folder)
+    return folder
+
+
+def run_config(tiny_flags, base, **changes):
+    flags = dict(flag.removeprefix("--config.").split("=", 1) for flag in tiny_flags if flag.startswith("--config."))
+    path = next(flag.split("=", 1)[1] for flag in tiny_flags if flag.startswith("--config="))
+    return config_lib.from_file(path, flags | {"checkpoint.init_from": str(base), "steps": 6, "optimizer.ema_decay": 0.0,
+                                               "checkpoint.every": 3, "log.tensorboard": False,
+                                               **{k.replace("__", "."): v for k, v in changes.items()}})
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tiny_flags, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter") / "lora"
+    config = run_config(tiny_flags, base, adapt__lora=LORA, adapt__quantize="int8")
+    return folder, train(config, folder), config
+
+
+def test_a_run_of_an_adapter_is_small_and_loads_whole(adapter, base):
+    folder, values, _ = adapter
+    stored = checkpoint.restore_params(folder)
+    assert set(n.split(".")[-1] for n in tree.flatten(stored)) == {"lora_a", "lora_b"}
+    lm, before = fm_jax.load(folder), fm_jax.load(base)
+    assert set(tree.flatten(lm.params)) == set(tree.flatten(before.params))
+    rows = np.random.default_rng(0).integers(0, 256, (2, 16))
+    assert np.abs(lm.logits(rows) - before.logits(rows)).max() > 1e-3
+    noted = json.loads((folder / "run.json").read_text())["base"]
+    assert noted["step"] == 12 and noted["folder"] == str(base)
+
+
+def test_a_stopped_run_of_an_adapter_continues_as_if_it_had_not(adapter, tmp_path):
+    folder, values, config = adapter
+    shutil.copytree(folder, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "6")
+    assert train(config, tmp_path / "again") == values
+    old, new = (checkpoint.restore_params(f) for f in (folder, tmp_path / "again"))
+    jax.tree.map(np.testing.assert_array_equal, old, new)
+
+
+def test_another_base_is_refused(adapter, base, tmp_path):
+    folder, _, config = adapter
+    with pytest.raises(UserError, match="no run here"):
+        fm_jax.load(folder, base=str(tmp_path / "nowhere"))
+    shutil.copytree(base, tmp_path / "moved")
+    assert fm_jax.load(folder, base=str(tmp_path / "moved")).step == 6   # the same parameters elsewhere
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    for step in ("8", "12"):
+        shutil.rmtree(other / "checkpoints" / step)
+    (other / "checkpoints" / "4").rename(other / "checkpoints" / "12")
+    with pytest.raises(UserError, match="another base than the one"):
+        fm_jax.load(folder, base=str(other))
+    with pytest.raises(UserError, match="itself an adapter"):
+        fm_jax.load(folder, base=str(folder))
+    with pytest.raises(UserError, match="has all parameters"):
+        fm_jax.load(base, base=str(other))
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(adapt__lora=("transformer.*attn.*",)), "config.adapt.lora: 'transformer.*attn.*' matches no parameter; nearest"),
+    (dict(adapt__lora=("transformer.*scale",)), "which is no matrix; these are: embed.tokens"),
+    (dict(adapt__lora=(".*w_up",), adapt__freeze=("embed.*",)), "w_up, which trains in full"),
+    (dict(adapt__freeze=("embed.*",), checkpoint__init_pattern="transformer.*"), "would stay as it was drawn"),
+    (dict(adapt__quantize="nf4"), "and none is frozen"),
+    (dict(adapt__quantize="nf5", adapt__lora=(".*w_up",)), "did you mean 'nf4'"),
+    (dict(adapt__lora=(".*w_up",), adapt__lora_rank=0), "adapt.lora_rank=0"),
+    (dict(adapt__lora=(".*w_down",), adapt__quantize="int4", model__mlp_dim=63), "63 inputs cannot be kept in pairs"),
+])
+def test_what_cannot_be_adapted_is_said(changes, message):
+    with pytest.raises(UserError, match=message.replace("*", r"\*").replace("(", r"\(")):
+        program(**changes)
+
+
+def test_adapters_without_a_base_are_refused(tiny_flags, tmp_path):
+    with pytest.raises(UserError, match="none is named: set --config.checkpoint.init_from"):
+        train(run_config(tiny_flags, "", adapt__lora=(".*w_up",)), tmp_path / "x")
+
+
+# --- quantised matrices
+
+
+@pytest.mark.parametrize("kind, bits, error", [("int8", 8, 0.5 / 127), ("int4", 4, 0.5 / 7), ("nf4", 4, 0.1521)])
+def test_a_quantised_matrix_is_near_and_small(kind, bits, error):
+    w = np.random.default_rng(0).normal(size=(3, 128, 5)).astype(np.float32)
+    w[0, :, 0] = 0   # a block of nothing
+    q = jax.jit(lambda w: quantize.quantized(w, kind, -2))(w)
+    whole, size = np.asarray(q.array()), quantize.block(128, kind)
+    top = np.abs(w.reshape(3, -1, size, 5)).max(2)
+    off = np.abs(whole - w).reshape(3, -1, size, 5).max(2)
+    assert (off <= error * top + 1e-6).all() and (off > 0.5 * error * top).mean() > 0.5
+    assert q.codes.nbytes * 8 == w.size * bits and not whole[0, :, 0].any()
+    # The largest of a block keeps its value, and layers alone are what they are together.
+    np.testing.assert_allclose(np.abs(whole).reshape(3, -1, size, 5).max(2), top, rtol=1e-6)
+    np.testing.assert_array_equal(jax.tree.map(lambda a: a[1], q).array(), whole[1])
+
+
+def test_nf4_takes_the_nearest_value():
+    w = np.linspace(-1, 1, 64, dtype=np.float32)[:, None]
+    codes = np.abs(w - np.array(quantize.NF4, np.float32)).argmin(1)
+    np.testing.assert_allclose(quantize.quantized(w, "nf4", -2).array()[:, 0], np.array(quantize.NF4)[codes], atol=1e-6)
