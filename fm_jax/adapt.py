@@ -156,6 +156,12 @@ class Adaptation:
                               len(ins), len(outs))
         return tree.nest(out)
 
+    def norms(self, frozen) -> dict:
+        """Returns {name: float32 [L, *outputs]}: of the matrices that are adapted, of each column in the base."""
+        rest = tree.flatten(quantize.derived(frozen, self._model, self._model_axes, self._c.quantize), is_derived)
+        square = lambda n: jnp.square(made(rest[n]).astype(jnp.float32)).sum(optim.matrix_axes(self._model_axes[n])[0])
+        return {n: np.asarray(jnp.sqrt(square(n))) for n in self._adapted}
+
     @property
     def _scale(self):
         return self._c.lora_alpha / (self._c.lora_rank ** 0.5 if self._c.lora_rank_stabilized else self._c.lora_rank)

@@ -128,7 +128,7 @@ class Pretrained:
         self._layers = [], None   # (arrays of params, what decode.per_layer made of them), when first needed
 
     def __repr__(self):
-        return f"<{self.config.name or self.config.objective}: {tree.count(self.params):,} parameters>"
+        return f"<{self.config.name or self.config.objective}: {tree.count(jax.eval_shape(merged, self.params)):,} parameters>"
 
     def logits(self, tokens, decoder_tokens=None, segment_ids=None) -> np.ndarray:
         """Returns float32 [B, T, V] for int tokens [B, T]: what the model expects after each token.

@@ -1,11 +1,16 @@
 """Freezing, low-rank adapters and quantised bases: what trains, what is kept, and what the model then is."""
 
+import contextlib
+import importlib
+import io
 import json
+import pathlib
 import shutil
 
 import jax
 import numpy as np
 import pytest
+import tokenizers as hf_tokenizers
 
 import fm_jax
 from fm_jax import checkpoint, config as config_lib, objectives, quantize, sharding, tree
@@ -131,7 +136,8 @@ def test_dropout_leaves_out_inputs_and_only_in_training():
 @pytest.mark.parametrize("changes", [dict(adapt__dora=True), dict(adapt__quantize="int4")])
 def test_any_mesh_trains_the_same_adapter(changes):
     losses = []
-    for mesh in ({"data": 1}, {"fsdp": 4, "tensor": 2}, {"data": 2, "context": 2, "tensor": 2}, {"stage": 2, "fsdp": 4}):
+    for mesh in ({"data": 1}, {"fsdp": 4, "tensor": 2}, {"data": 2, "context": 2, "tensor": 2},
+                 {"stage": 2, "fsdp": 4}):
         p = program(mesh, adapt__lora=LORA, **{"batch_size": 8}, **changes)
         state, _ = begun(p, adapters="random")
         batch = p.place(p.objective.random_batch(8, np.random.default_rng(0)))
@@ -155,9 +161,9 @@ def base(tiny_run, tmp_path_factory):
 def run_config(tiny_flags, base, **changes):
     flags = dict(flag.removeprefix("--config.").split("=", 1) for flag in tiny_flags if flag.startswith("--config."))
     path = next(flag.split("=", 1)[1] for flag in tiny_flags if flag.startswith("--config="))
-    return config_lib.from_file(path, flags | {"checkpoint.init_from": str(base), "steps": 6, "optimizer.ema_decay": 0.0,
-                                               "checkpoint.every": 3, "log.tensorboard": False,
-                                               **{k.replace("__", "."): v for k, v in changes.items()}})
+    return config_lib.from_file(path, flags | {
+        "checkpoint.init_from": str(base), "steps": 6, "optimizer.ema_decay": 0.0, "checkpoint.every": 3,
+        "log.tensorboard": False, **{k.replace("__", "."): v for k, v in changes.items()}})
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +214,7 @@ def test_another_base_is_refused(adapter, base, tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(adapt__lora=("transformer.*attn.*",)), "config.adapt.lora: 'transformer.*attn.*' matches no parameter; nearest"),
+    (dict(adapt__lora=("transformer.*attn.*",)), "adapt.lora: 'transformer.*attn.*' matches no parameter; nearest"),
     (dict(adapt__lora=("transformer.*scale",)), "which is no matrix; these are: embed.tokens"),
     (dict(adapt__lora=(".*w_up",), adapt__freeze=("embed.*",)), "w_up, which trains in full"),
     (dict(adapt__freeze=("embed.*",), checkpoint__init_pattern="transformer.*"), "would stay as it was drawn"),
@@ -249,3 +255,96 @@ def test_nf4_takes_the_nearest_value():
     w = np.linspace(-1, 1, 64, dtype=np.float32)[:, None]
     codes = np.abs(w - np.array(quantize.NF4, np.float32)).argmin(1)
     np.testing.assert_allclose(quantize.quantized(w, "nf4", -2).array()[:, 0], np.array(quantize.NF4)[codes], atol=1e-6)
+
+
+# --- PEFT's format: adapters and logits that PEFT itself made, `tests/peers/make_peft_adapters.py`
+
+ADAPTERS = pathlib.Path(__file__).parent / "peft_adapters"
+
+
+@pytest.fixture(scope="module")
+def hf_base(tmp_path_factory):
+    """Returns a function: name of a model in tests/hf_models -> the folder of the run that it became."""
+    made = {}
+
+    def base(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            shutil.copytree(ADAPTERS.parent / "hf_models" / name, folder / "hf")
+            words = hf_tokenizers.models.WordLevel({f"w{i}": i for i in range(41)}, unk_token="w0")
+            hf_tokenizers.Tokenizer(words).save(str(folder / "hf" / "tokenizer.json"))
+            assert run_command("convert", f"--from_hf={folder / 'hf'}", f"--workdir={folder / 'run'}")[0] == 0
+            made[name] = folder / "run"
+        return made[name]
+
+    return base
+
+
+def run_command(name, *flags):
+    """Returns (exit code, the error line) of a command, run in this process."""
+    module, err = importlib.import_module(f"fm_jax.{name}"), io.StringIO()
+    with pytest.raises(SystemExit) as exit_, contextlib.redirect_stderr(err):
+        config_lib.run(module.main, module._flags, module.__doc__, [name, *map(str, flags)])
+    return exit_.value.code or 0, err.getvalue()
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in ADAPTERS.iterdir()))
+def test_an_adapter_of_peft_is_what_peft_computes_and_goes_back(name, hf_base, tmp_path):
+    base = hf_base(json.loads((ADAPTERS / name / "adapter_config.json").read_text())["base_model_name_or_path"])
+    assert run_command("convert", f"--from_peft={ADAPTERS / name}", f"--base={base}",
+                       f"--workdir={tmp_path / 'run'}") == (0, "")
+    expected, lm = np.load(ADAPTERS / name / "expected.npz"), fm_jax.load(tmp_path / "run")
+    assert np.abs(expected["logits"] - fm_jax.load(base).logits(expected["tokens"])).max() > 0.5
+    np.testing.assert_allclose(lm.logits(expected["tokens"]), expected["logits"], atol=2e-4)
+    # Out and in again: the same matrices, whatever blocks they became on the way.
+    assert run_command("convert", f"--workdir={tmp_path / 'run'}", f"--to_peft={tmp_path / 'peft'}") == (0, "")
+    assert run_command("convert", f"--from_peft={tmp_path / 'peft'}", f"--base={base}",
+                       f"--workdir={tmp_path / 'again'}") == (0, "")
+    again = fm_jax.load(tmp_path / "again")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), again.params, lm.params)
+    # Merged, by a run and by a folder of Hugging Face.
+    assert run_command("convert", f"--workdir={tmp_path / 'run'}", f"--to_run={tmp_path / 'merged'}") == (0, "")
+    assert run_command("convert", f"--workdir={tmp_path / 'run'}", f"--to_hf={tmp_path / 'hf'}") == (0, "")
+    for folder in ("merged", "hf"):
+        jax.tree.map(np.testing.assert_array_equal, fm_jax.load(tmp_path / folder).params, lm.params)
+
+
+def test_an_adapter_of_something_else_is_refused(hf_base, tmp_path):
+    llama, gpt2 = hf_base("llama"), hf_base("gpt2")
+    refused = lambda *flags: run_command("convert", *flags)[1]
+    into = f"--workdir={tmp_path / 'run'}"
+    assert "is of no layer of the base, a model of GPT2LMHeadModel" in refused(
+        f"--from_peft={ADAPTERS / 'llama'}", f"--base={gpt2}", into)
+    assert "name the run of its base by --base" in refused(f"--from_peft={ADAPTERS / 'llama'}", into)
+    assert "no adapter_config.json" in refused(f"--from_peft={tmp_path}", f"--base={gpt2}", into)
+    assert "--base=x is of --from_peft, --to_hf, --to_peft, --to_run, not of --from_hf" in refused(
+        "--from_hf=x", "--base=x", into)
+    shutil.copytree(ADAPTERS / "llama", tmp_path / "other")
+    config = json.loads((ADAPTERS / "llama" / "adapter_config.json").read_text())
+    for change, message in (({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head']"),
+                            ({"peft_type": "IA3"}, "peft_type='IA3'"), ({"r": 4}, "have shapes [3, 20] and [24, 3]")):
+        (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(config | change))
+        assert message in refused(f"--from_peft={tmp_path / 'other'}", f"--base={llama}", into)
+    assert "has no adapters; --to_hf exports" in refused(f"--workdir={llama}", f"--to_peft={tmp_path / 'out'}")
+    # What an export says of its base is believed: the same shapes are not the same parameters.
+    assert refused(f"--from_peft={ADAPTERS / 'llama'}", f"--base={llama}", into) == ""
+    assert refused(into, f"--to_peft={tmp_path / 'out'}") == ""
+    (tmp_path / "out" / "fm_jax_base.json").write_text('{"fingerprint": "0123456789abcdef"}')
+    assert "is of another base (parameters 0123456789ab)" in refused(
+        f"--from_peft={tmp_path / 'out'}", f"--base={llama}", f"--workdir={tmp_path / 'third'}")
+
+
+def test_a_quantised_run_is_small_and_loads_as_it_is(base, tmp_path):
+    before = fm_jax.load(base)
+    rows = np.random.default_rng(0).integers(0, 256, (2, 16))
+    assert run_command("convert", f"--workdir={base}", f"--to_run={tmp_path / 'small'}", "--quantize=int8") == (0, "")
+    small = fm_jax.load(tmp_path / "small")
+    wq = small.params["transformer"]["layers"]["attention"]["wq"]
+    assert wq.codes.dtype == np.int8 and "37,024 parameters" in repr(small)
+    assert tree.nbytes(small.params) < 0.61 * tree.nbytes(before.params)   # two small layers here, and embeddings
+    off = np.abs(small.logits(rows) - before.logits(rows)).max()
+    assert 0 < off < 0.05 * np.abs(before.logits(rows)).max()
+    assert small.generate(["To be"], max_new_tokens=3) == before.generate(["To be"], max_new_tokens=3)
+    assert small.score(["To"], [" be"])[0].num_tokens == before.score(["To"], [" be"])[0].num_tokens
+    assert "kept in int8 already" in run_command("convert", f"--workdir={tmp_path / 'small'}",
+                                                 f"--to_run={tmp_path / 'x'}", "--quantize=nf4")[1]

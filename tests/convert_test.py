@@ -69,11 +69,11 @@ def test_training_begins_with_the_weights(exported, inline, tiny_flags, tiny_run
 def test_mistakes_are_one_line(exported, tiny_run, inline, tmp_path):
     folder, run = exported[0], f"--workdir={tiny_run[0]}"
     for flags, message in [
-            ([run], "give either --from_hf FOLDER"),
-            ([run, "--from_hf=a", "--to_hf=b"], "give either --from_hf FOLDER"),
+            ([run], "give one of --from_hf, --from_peft, --to_hf, --to_peft, --to_run, with its FOLDER"),
+            ([run, "--from_hf=a", "--to_hf=b"], "got --from_hf and --to_hf"),
             ([run, f"--from_hf={folder}"], "holds a run already; take another"),
-            ([run, f"--from_hf={folder}", "--step=4"], "--step=4 is of a run to export"),
-            ([run, f"--to_hf={tmp_path}/x", "--dtype=float32"], "--dtype and --mesh are of a model to import"),
+            ([run, f"--from_hf={folder}", "--step=4"], "--step=4 is of --to_hf, --to_peft, --to_run, not of --from_hf"),
+            ([run, f"--to_hf={tmp_path}/x", "--dtype=float32"], "--dtype=float32 is of --from_hf, not of --to_hf"),
             ([run, f"--to_hf={tmp_path}/x", "--step=5"], "unknown 5"),
             ([run, f"--to_hf={folder}"], "exists already and is not empty"),
             ([f"--workdir={tmp_path}/x", f"--from_hf={tmp_path}/nowhere"], "nowhere/config.json: cannot be read"),

@@ -39,20 +39,20 @@ def read_folder(folder) -> dict[str, Entry]:
                 isinstance(f, str) and pathlib.PurePath(f).name == f for f in files.values()):
             raise UserError(f"{index}: not an index of safetensors files (weight_map: key to file name)")
     elif single.is_file():
-        files = dict.fromkeys(_header(single), single.name)
+        files = dict.fromkeys(read_file(single), single.name)
     else:
         pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
         raise UserError(f"{folder}: no model.safetensors here" + (
             f"; {pickles[0]} is a pickle, which could run any code and is never read: save the model as safetensors"
             if pickles else ""))
-    headers = {name: _header(folder / name) for name in sorted(set(files.values()))}
+    headers = {name: read_file(folder / name) for name in sorted(set(files.values()))}
     absent = [key for key, name in files.items() if key not in headers[name]]
     if absent:
         raise UserError(f"{folder / files[absent[0]]}: lacks {absent[0]}, which {index.name} places there")
     return {key: headers[name][key] for key, name in files.items()}
 
 
-def _header(path):
+def read_file(path):
     """Returns {key: Entry} of one file. Raises UserError where it is missing, damaged or cut short."""
     if not path.is_file():
         raise UserError(f"{path}: no such file, although the index of the weights names it")

@@ -46,7 +46,7 @@ def read(path, family: Family, model: Model, entries: dict[str, Entry], abstract
     for tensor in tensors:
         for part in tensor.parts:
             where.setdefault(part.name, []).append(part._replace(entry=entries[tensor.key]))
-    sizes = _sizes(family, model)
+    sizes = sizes_of(family, model)
 
     def one(name, leaf):
         key = where[name][0].row.key
@@ -57,7 +57,7 @@ def read(path, family: Family, model: Model, entries: dict[str, Entry], abstract
             chosen, inside = parts[(*index[: len(outer)], ...)], index[len(outer) :]
             out = []
             for part in chosen.flat:
-                out.append(_view(part, sizes)[inside].astype(leaf.dtype))
+                out.append(_view(part.entry.read(), part, sizes)[inside].astype(leaf.dtype))
                 if not np.isfinite(out[-1]).all():
                     raise UserError(f"{part.entry.path}: {part.entry.key} has values that are not finite")
             return np.stack(out).reshape((*chosen.shape, *out[0].shape))
@@ -87,7 +87,7 @@ class _Tensor(NamedTuple):
 
 def _tensors(family, model, names):
     """Returns the tensors that a model of the family with our parameters `names` has, in the table's order."""
-    groups, sizes, out = {}, _sizes(family, model), []
+    groups, sizes, out = {}, sizes_of(family, model), []
     for row in family.rows:
         groups.setdefault(row.key, []).append(row)
     for key, rows in groups.items():
@@ -124,7 +124,7 @@ def unwritten(family: Family, model: Model, names) -> list[str]:
     return sorted(set(names) - {part.name for tensor in _tensors(family, model, names) for part in tensor.parts})
 
 
-def _sizes(family, model):
+def sizes_of(family, model):
     """Returns {stack: {letter: size}}."""
     own = family.sizes(model) if family.sizes else {}
     return {name: {
@@ -146,10 +146,17 @@ def _joint(row):
     return next((i for i, axis in enumerate(re.split("[ :]", row.axes)) if axis.startswith("+")), 0)
 
 
-def _view(part, sizes):
-    """Returns a row's parameter as a view of the file."""
+def parted(array, rows: list[Row], sizes) -> list:
+    """Returns the parameter of each row of one tensor, of a layer, as views of it. sizes: as `sizes_of`."""
+    ends = np.cumsum([0, *(_blocks(row, sizes)[_joint(row)] for row in rows)]).tolist()
+    return [_view(array, _Part(row, row.name, (), start, stop, ends[-1]), sizes)
+            for row, start, stop in zip(rows, ends, ends[1:])]
+
+
+def _view(array, part, sizes):
+    """Returns a row's parameter as a view of the tensor."""
     row = part.row
-    array = part.entry.read().reshape(_blocks(row, sizes, part.length))
+    array = array.reshape(_blocks(row, sizes, part.length))
     array = array[(slice(None),) * _joint(row) + (slice(part.start, part.stop),)]
     letters = re.sub("[ +:]", "", row.axes)
     return array.reshape([sizes[row.stack][c] for c in letters]).transpose([letters.index(c) for c in row.letters])
@@ -188,14 +195,14 @@ def _is_copy(family, key, entries, names):
 
 def save(folder, family: Family, model: Model, names: dict, file_bytes: int) -> None:
     """Writes the parameters, {our name: NumPy array}, as safetensors files of the family's tensors."""
-    sizes, files, apart = _sizes(family, model), [[]], {}
+    sizes, files, apart = sizes_of(family, model), [[]], {}
     room = file_bytes
     for tensor in _tensors(family, model, names):
         first = tensor.parts[0].row
 
-        def make(tensor=tensor, first=first):
-            parts = [_block(names[part.name][part.at], part.row, sizes) for part in tensor.parts]
-            return np.concatenate(parts, axis=_joint(first)).reshape(tensor.shape)
+        def make(tensor=tensor):
+            arrays, rows = [names[part.name][part.at] for part in tensor.parts], [part.row for part in tensor.parts]
+            return joined(arrays, rows, sizes).reshape(tensor.shape)
 
         dtype = np.dtype(names[tensor.parts[0].name].dtype)
         if "/" in tensor.key:   # in a folder of its own
@@ -221,7 +228,10 @@ def save(folder, family: Family, model: Model, names: dict, file_bytes: int) -> 
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def _block(array, row, sizes):
-    """Returns the tensor, or part of one, that a row's parameter makes: the inverse of `_view`."""
-    letters = re.sub("[ +:]", "", row.axes)
-    return array.transpose([row.letters.index(c) for c in letters]).reshape(_blocks(row, sizes))
+def joined(arrays: list, rows: list[Row], sizes):
+    """Returns the tensor that the rows' parameters make, of a layer, with its axes as `_blocks`: `parted` backwards."""
+    def block(array, row):
+        letters = re.sub("[ +:]", "", row.axes)
+        return array.transpose([row.letters.index(c) for c in letters]).reshape(_blocks(row, sizes))
+
+    return np.concatenate([block(*pair) for pair in zip(arrays, rows)], axis=_joint(rows[0]))
