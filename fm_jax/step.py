@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from fm_jax import adapt, chip_kernels, compiled_step, optim, pipeline, sharding, xla_flags
+from fm_jax.architecture import Architecture
 from fm_jax.errors import UserError
 from fm_jax.model import merged
 from fm_jax.objectives import Objective
@@ -51,7 +52,7 @@ class Program:
         self.config, self.objective, self.layout = config, objective, layout
         chip_kernels.check_matmul_dtype(config.model.matmul_dtype, layout)
         micro, parts = config.batch_size // config.accumulation_steps, layout.batch_parts
-        pipeline.check(config.model, layout, micro, f"config.batch_size={config.batch_size} / accumulation_steps="
+        pipeline.check(Architecture(**config.model.to_dict()), layout, micro, f"config.batch_size={config.batch_size} / accumulation_steps="
                        f"{config.accumulation_steps} = {micro} rows")
         if micro % parts:
             raise UserError(
