@@ -51,10 +51,10 @@ class Made(NamedTuple):
 class Reading(NamedTuple):
     """What the model makes of a request's n tokens."""
 
-    logprobs: np.ndarray       # float32 [n - 1], of each token but the first
-    top_ids: np.ndarray        # int32 [n, TOP], the likeliest after each token
-    top_logprobs: np.ndarray   # float32 [n, TOP]
-    embedding: np.ndarray      # float32 [D], the mean of the final hidden states
+    logprobs: np.ndarray | None       # float32 [n - 1], of each token but the first
+    top_ids: np.ndarray | None        # int32 [n, TOP], the likeliest after each token
+    top_logprobs: np.ndarray | None   # float32 [n, TOP]
+    embedding: np.ndarray             # float32 [D], the mean of the final hidden states, or what the model was made for
 
 
 @dataclasses.dataclass(eq=False)
@@ -88,7 +88,8 @@ class Metrics:
         self.between_s = make(prometheus.Histogram, "inter_token_seconds", "From one token of a request to the next.")
         self.prompt_tokens = make(prometheus.Counter, "prompt_tokens", "Tokens read.")
         self.made_tokens = make(prometheus.Counter, "generated_tokens", "Tokens added.")
-        self.compiles = make(prometheus.Counter, "compiles", "Programs compiled after the start; more than 0 is a bug.")
+        self.compiles = make(prometheus.Counter, "compiles", "Programs compiled after the start; more than 0 is a bug, but "
+                             "of a model that makes vectors: one for each new shape.")
         self.failures = make(prometheus.Counter, "failures", "Requests that ended with an error of the engine.")
         self.responses = make(prometheus.Counter, "responses", "HTTP responses.", labelnames=["path", "status"])
 
@@ -131,7 +132,11 @@ class Engine:
         self._buckets.append(self.max_length)
         self.metrics = Metrics()
         self._compile(slots, steps_per_dispatch)
-        self._active: list[Request | None] = [None] * slots
+        self._begin([None] * slots)
+
+    def _begin(self, active):
+        """Returns when the thread is ready."""
+        self._active: list[Request | None] = active
         self._waiting: deque[Request] = deque()
         self._changed, self._closing, self._warm = threading.Condition(), False, threading.Event()
         self._failure: BaseException | None = None
@@ -422,3 +427,40 @@ class Engine:
         ended = np.zeros(len(self._active), bool)
         ended[slots] = True
         self._slots = self._release(self._slots, ended)
+
+
+class VectorEngine(Engine):
+    """The same for a model that makes vectors of texts and continues none: all that wait are read together."""
+
+    def __init__(self, lm, *, max_waiting: int = 128):
+        """Raises UserError for a model that makes no vectors."""
+        if "embed" not in lm.objective.predict:
+            raise UserError(f"{lm.config.objective} can neither continue text nor make vectors of it: it has "
+                            f"{', '.join(sorted(lm.objective.predict))}")
+        self._lm, self._slots, self.max_length = lm, (), lm.objective.arch.max_seq_len
+        self.max_waiting, self._vocab_size, self.metrics = max_waiting, lm.tokenizer.vocab_size, Metrics()
+        self._begin([])
+
+    def check(self, request: Request) -> None:
+        if request.max_tokens:
+            raise UserError(f"{self._lm.config.objective} cannot continue text: it makes vectors of it")
+        super().check(request)
+
+    def _warm_up(self):
+        self._lm.embed_ids([np.zeros(1, np.int32)])
+
+    def _read(self, request):
+        with self._changed:
+            requests = [request, *(r for r in self._waiting if not r.cancelled)]
+            self._waiting.clear()
+            self.metrics.waiting.set(0)
+        try:
+            vectors = self._lm.embed_ids([np.asarray(r.ids, np.int32) for r in requests])
+        except Exception as error:
+            return self._fail(requests, error)
+        for each, vector in zip(requests, vectors):
+            self.metrics.prompt_tokens.inc(len(each.ids))
+            self._deliver(each, Reading(None, None, None, vector))
+
+    def _count(self):
+        pass   # there are no slots

@@ -259,7 +259,10 @@ class Pretrained:
         Of a language model, the mean hidden state over the text's tokens (the first that fit the context).
         """
         self._must("embed texts", "embed")
-        ids = self.embedded_ids(texts)
+        return self.embed_ids(self.embedded_ids(texts))
+
+    def embed_ids(self, ids) -> np.ndarray:
+        """Returns float32 [n, D], the vectors of texts given as token ids, int [n] each; see `embedded_ids`."""
         dim, most = getattr(self.objective, "dim", self.objective.arch.embed_dim), self.objective.arch.max_seq_len
         out = np.zeros((len(ids), dim), np.float32)
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))   # like lengths together: little padding

@@ -208,7 +208,8 @@ class Service:
         self.created = int(time.time())
         self.token_text = lm.tokenizer.token_text_bytes()
         self._spelling = {i: text for text, i in lm.tokenizer.specials.items()}
-        self.ends = document_ends(lm.tokenizer)
+        self.continues = "decode" in lm.objective.predict   # else it makes vectors alone
+        self.ends = document_ends(lm.tokenizer) if self.continues else ()
         self._longest = max(1, *map(len, self.token_text))
 
     def named(self, name) -> None:
@@ -223,6 +224,7 @@ class Service:
 
     def completion(self, body: bytes) -> Job:
         fields = self.fields(body)
+        self._must_continue()
         prompts = self.prompts(fields, "prompt")
         suffix, echo = fields.text("suffix"), fields.bool("echo")
         if suffix is not None:
@@ -234,6 +236,7 @@ class Service:
 
     def chat(self, body: bytes) -> Job:
         fields = self.fields(body)
+        self._must_continue()
         ids = self.chat_ids(fields)
         rest = self.engine.max_length - len(ids)
         max_tokens = fields.int("max_completion_tokens", fields.int("max_tokens", max(rest, 1), 1), 1)
@@ -242,6 +245,10 @@ class Service:
         if top is not None and not wanted:
             raise Refused(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         return self._job(fields, [Prompt(ids, "")], max_tokens, (top or 0) if wanted else None, echo=False, chat=True)
+
+    def _must_continue(self):
+        if not self.continues:
+            raise Refused(400, f"{self.name!r} makes vectors of texts and continues none: ask /v1/embeddings")
 
     def prompts(self, fields, name) -> list[Prompt]:
         """Returns the prompts of a field: a text, texts, token ids, or lists of them."""
@@ -267,6 +274,8 @@ class Service:
             if bad := [i for i in prompt if not 0 <= i < vocab_size]:
                 raise Refused(400, f"{name}: token id {bad[0]} is outside the vocabulary of {vocab_size}", param=name)
             return Prompt(prompt, self.text(prompt)) if prompt else self._prompt("", name)
+        if not self.continues:   # what is too long is cut
+            return Prompt(self.lm.embedded_ids([prompt])[0].tolist(), prompt)
         self._short_enough(prompt)
         ids, = self.lm.prompt_ids([prompt])
         return Prompt(ids.tolist(), prompt, int(len(ids) > 0 and not self.token_text[ids[0]]))
@@ -294,7 +303,8 @@ class Service:
         if fields.raw("messages") is not None:
             tokens = self.chat_ids(fields)
         elif fields.bool("add_special_tokens", True):
-            tokens = self.lm.prompt_ids([fields.text("prompt", "")])[0].tolist()
+            read = self.lm.prompt_ids if self.continues else self.lm.embedded_ids
+            tokens = read([fields.text("prompt", "")])[0].tolist()
         else:
             tokens = self.lm.tokenizer.encode(fields.text("prompt", ""), special=True).tolist()
         return {"tokens": tokens, "count": len(tokens), "max_model_len": self.engine.max_length}
@@ -735,15 +745,19 @@ def main(args):
     import uvicorn
 
     import fm_jax
-    from fm_jax.engine import Engine
+    from fm_jax.engine import Engine, VectorEngine
     from fm_jax.pretrained import parse_mesh
 
     keys = [*args.api_key, *filter(None, os.environ.get("FM_JAX_API_KEY", "").split(","))]
     listener = _bind(args.host, args.port)   # before a large model is loaded
     lm = fm_jax.load(args.workdir, step=args.step, mesh=parse_mesh(args.mesh))
-    engine = Engine(lm, slots=args.slots, max_length=args.max_length, max_waiting=args.max_waiting,
-                    steps_per_dispatch=args.steps_per_dispatch)
-    lm.params = None   # the engine holds them, layer by layer: one copy is enough
+    if "decode" in lm.objective.predict:
+        engine = Engine(lm, slots=args.slots, max_length=args.max_length, max_waiting=args.max_waiting,
+                        steps_per_dispatch=args.steps_per_dispatch)
+        lm.params = None   # the engine holds them, layer by layer: one copy is enough
+        what = f"{args.slots} slots of {engine.max_length} tokens"
+    else:
+        engine, what = VectorEngine(lm, max_waiting=args.max_waiting), "vectors of texts"
     service = Service(lm, engine, args.model_name or Path(args.workdir).resolve().name, keys, args.max_body_bytes)
     server = uvicorn.Server(uvicorn.Config(app(service), log_level="warning", access_log=False, lifespan="off"))
     # What a second Ctrl-C cuts off is no error of the server.
@@ -754,8 +768,7 @@ def main(args):
     _allow_connections()
     listener.listen(BACKLOG)   # what connects from now on is answered
     host, port = listener.getsockname()[:2]
-    print(f"{service.name}: http://{f'[{host}]' if ':' in host else host}:{port}/v1, {args.slots} slots of "
-          f"{engine.max_length} tokens", flush=True)
+    print(f"{service.name}: http://{f'[{host}]' if ':' in host else host}:{port}/v1, {what}", flush=True)
     try:
         server.run(sockets=[listener])
     finally:

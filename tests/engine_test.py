@@ -20,13 +20,14 @@ from fm_jax.errors import UserError
 CONTEXT = 80
 
 
-def tiny(mesh=None):
+def tiny(mesh=None, **changes):
     """Returns a Pretrained with the bytes tokenizer and random parameters, large enough for uneven next tokens."""
     c = config_lib.defaults()
     c.model.update(vocab_size=272, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=48,
                    max_seq_len=CONTEXT, layer_pattern=("local", "global"), window=20)
     c.seq_len = CONTEXT
     c.data.train = "none"   # trained here, so prompts begin as documents do
+    config_lib.override(c, changes)
     tokenizer = tokenizers.load("bytes")
     objective, shapes = pretrained._abstract(config_lib.resolve(c), tokenizer, mesh)
     rng = np.random.default_rng(0)

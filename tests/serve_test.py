@@ -24,7 +24,7 @@ import uvicorn
 
 from fm_jax import serve
 from fm_jax.decode import find_stop
-from fm_jax.engine import TOP, Engine, Made
+from fm_jax.engine import TOP, Engine, Made, VectorEngine
 
 TEMPLATE = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
             "{% if add_generation_prompt %}<assistant>{% endif %}")
@@ -367,6 +367,35 @@ def test_a_last_message_is_continued(port):
     said = [*CHAT, {"role": "assistant", "content": "Hello th"}]
     tokenized = ask(port, "/tokenize", {"messages": said, "continue_final_message": True})["tokens"]
     assert bytes(tokenized).decode() == "<system>Be brief.\n<user>Hi\n<assistant>Hello th"
+
+
+# --- vectors alone --------------------------------------------------------------------------------------------------
+
+def test_a_model_that_makes_vectors_is_served_too():
+    """Requests at once are read together, each text as alone; what is too long is cut, and the rest says what it is."""
+    lm = tiny(objective="fm_jax.objectives.text_embedding.TextEmbedding", **{"model.causal": False, "seq_len": 40})
+    engine = VectorEngine(lm, max_waiting=30)
+    texts = ["To be", "or not to be, that is", "a" * 90, "!"]
+    want = lm.embed(texts)
+    try:
+        with running(serve.Service(lm, engine, "tiny")) as port, concurrent.futures.ThreadPoolExecutor(8) as pool:
+            asked = [[i % 4, (i + 1) % 4] for i in range(8)]
+            got = pool.map(lambda which: ask(port, "/v1/embeddings", {"input": [texts[i] for i in which]}), asked)
+            for which, each in zip(asked, got):
+                np.testing.assert_allclose([x["embedding"] for x in each["data"]], want[which], atol=1e-5)
+                assert each["usage"]["prompt_tokens"] == sum(min(len(texts[i]) + 2, 40) for i in which)
+            ids = ask(port, "/tokenize", {"prompt": "!"})["tokens"]
+            assert ids == [256, 33, 257]
+            by_ids = ask(port, "/v1/embeddings", {"input": ids})
+            np.testing.assert_allclose(by_ids["data"][0]["embedding"], want[3], atol=1e-5)
+            for path, body in (("/v1/completions", {"prompt": "a"}),
+                               ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]})):
+                status, _, content = send(port, path, body)
+                assert status == 400 and b"'tiny' makes vectors of texts and continues none" in content
+            assert send(port, "/v1/embeddings", {"input": ["a"] * 31})[0] == 400
+            assert send(port, "/health")[0] == 200
+    finally:
+        engine.close()
 
 
 # --- embeddings, tokens, models, metrics ----------------------------------------------------------------------------
