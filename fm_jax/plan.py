@@ -202,7 +202,7 @@ def main(args):
 
 def _main_on_topology(args, named):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")   # where its own arrays live, whatever it compiles for
-    from fm_jax import forecast
+    from fm_jax import forecast, objectives
     from fm_jax import topology as topology_lib
     from fm_jax.data import batches
 
@@ -224,7 +224,9 @@ def _main_on_topology(args, named):
         print(ranking(results, price))
         print()
     else:
-        tokenizer = batches.load_tokenizer(config) if args.compiled_step else None
+        tokenizer = None
+        if args.compiled_step:
+            tokenizer, config = batches.load_tokenizer(config), objectives.settled(config, batches.values(config))
         results = [forecast.on_topology(config, topology, compile=not args.analytic, tokenizer=tokenizer,
                                         save_to=args.compiled_step)]
     print(f"{config.name}: {Architecture(**config.model.to_dict()).param_count():,} parameters, "

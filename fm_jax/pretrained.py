@@ -3,6 +3,7 @@
     lm = fm_jax.load("runs/quickstart")          # or a folder with Hugging Face weights
     lm.logits(tokens)  lm.hidden(tokens)  lm.score(contexts, continuations)  lm.generate(prompts)  lm.embed(texts)
     lm.score_texts(texts)  lm.complete(token_ids)  lm.encode(texts)
+    lm.classify(texts)  lm.rate(texts)  lm.tag(words)  lm.answer(questions, contexts)   # by what it was trained to do
     lm.params  lm.config  lm.tokenizer  lm.module  lm.step
 """
 
@@ -123,7 +124,7 @@ class Pretrained:
         self._parts = self.module.layout.batch_parts   # the mesh cuts every batch into so many: rows are added to fit
         self._batch_size = -(-16 // self._parts) * self._parts
         self._has_encoder = "encode" in objective.predict
-        jitted = ("logits", "hidden", "embed", "encode")
+        jitted = ("logits", "hidden", "embed", "encode", "classes", "values", "tags", "answers")
         self._jitted = {name: jax.jit(f) for name, f in objective.predict.items() if name in jitted}
         self._layers = [], None   # (arrays of params, what decode.per_layer made of them), when first needed
 
@@ -263,18 +264,87 @@ class Pretrained:
 
     def embed_ids(self, ids) -> np.ndarray:
         """Returns float32 [n, D], the vectors of texts given as token ids, int [n] each; see `embedded_ids`."""
-        dim, most = getattr(self.objective, "dim", self.objective.arch.embed_dim), self.objective.arch.max_seq_len
-        out = np.zeros((len(ids), dim), np.float32)
+        out, dim = self._by_length("embed", ids), getattr(self.objective, "dim", self.objective.arch.embed_dim)
+        return np.array(out, np.float32).reshape(len(out), dim)
+
+    def classify(self, texts, others=None) -> list[dict[str, float]]:
+        """Returns of each text, paired with the one of `others` where it was trained so, {label: its probability}."""
+        self._must("classify texts", "classes")
+        probabilities = self._by_length("classes", *self._rows(texts, others))
+        return [dict(zip(self.objective.labels, row.tolist())) for row in probabilities]
+
+    def rate(self, texts, others=None) -> list[float]:
+        """Returns the value of each text, paired as in `classify`."""
+        self._must("give values of texts", "values")
+        return [float(value) for value in self._by_length("values", *self._rows(texts, others))]
+
+    def tag(self, texts) -> list[list[str]]:
+        """Returns the tag of each word of texts that are lists of words, "O" for those that do not fit."""
+        self._must("tag words", "tags")
+        for words in texts:
+            if isinstance(words, str) or not all(isinstance(w, str) and w.split() == [w] for w in words):
+                raise UserError(f"texts: expected lists of words without spaces, got {words!r:.80}")
+        made = [self.objective.words(words) for words in texts]
+        labels, outside = self.objective.labels, self.objective.outside
+        found = self._by_length("tags", [ids for ids, _ in made])
+        return [[labels[outside if at < 0 else row[at].argmax()] for at in places]
+                for row, (_, places) in zip(found, made)]
+
+    def answer(self, questions, contexts) -> list[str]:
+        """Returns the part of each context that answers its question; "": there is none.
+
+        A context that is too long is read in pieces, each of which begins in the middle of the one before.
+        """
+        self._must("answer questions", "answers")
+        questions, contexts = _texts("questions", questions), _texts("contexts", contexts)
+        if len(questions) != len(contexts):
+            raise UserError(f"{len(questions)} questions for {len(contexts)} contexts; give one for each")
+        pieces = []   # (which, row, where the context begins in it, spans)
+        for i, (question, context) in enumerate(zip(questions, contexts)):
+            start, count = 0, len(self.tokenizer.encode(context))
+            while True:
+                row, begin, spans = self.objective.row(question, context, start)
+                pieces.append((i, row, begin, spans))
+                if start + len(spans) >= count:
+                    break
+                start += max(len(spans) // 2, 1)
+        types = [(np.arange(len(row)) >= begin).astype(np.int32) for _, row, begin, _ in pieces]
+        best, answers = [-np.inf] * len(questions), [""] * len(questions)
+        for scores, (i, _, begin, spans) in zip(self._by_length("answers", [p[1] for p in pieces], types), pieces):
+            first, last, score = self.objective.best(scores, begin, len(spans))
+            if score > best[i]:
+                best[i] = score
+                answers[i] = contexts[i][spans[first - begin, 0] : spans[last - begin, 1]] if first >= begin else ""
+        return answers
+
+    def _rows(self, texts, others):
+        """Returns the token ids and types of texts, or pairs, as the objective was trained on."""
+        paired, texts = bool(self.objective.pair_key), _texts("texts", texts)
+        if paired != (others is not None):
+            raise UserError(f"{self.config.name or 'this model'} was trained on {'pairs' if paired else 'single texts'}: "
+                            f"{'give the second text of each as others' if paired else 'leave others out'}")
+        others = None if others is None else _texts("others", others)
+        if others is not None and len(others) != len(texts):
+            raise UserError(f"{len(others)} others for {len(texts)} texts; give one for each")
+        return self.objective.encode_rows(texts, others)
+
+    def _by_length(self, name, ids, types=None) -> list[np.ndarray]:
+        """Returns what the prediction `name` says of each row of token ids; of each of its tokens, where it does so."""
+        out, most = [None] * len(ids), self.objective.arch.max_seq_len
+        typed = types is not None and self.objective.typed
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))   # like lengths together: little padding
         while order:
             length = min(_near(len(ids[order[0]])), most)
             chosen, order = np.split(np.array(order), [1 << (max(EMBED_TOKENS // length, 1).bit_length() - 1)])
             rows = _near(len(chosen), 1)   # few compiled shapes
             rows += -rows % self._parts
-            tokens, lengths = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
+            tokens, kinds, lengths = *np.zeros((2, rows, length), np.int32), np.ones(rows, np.int32)
             for row, i in enumerate(chosen):
                 tokens[row, : len(ids[i])], lengths[row] = ids[i], len(ids[i])
-            out[chosen] = distributed.fetch(self._jitted["embed"](self.params, tokens, lengths))[: len(chosen)]
+                kinds[row, : len(ids[i])] = types[i] if typed else 0
+            made = distributed.fetch(self._jitted[name](self.params, tokens, lengths, *([kinds] if typed else [])))
+            for row, i in enumerate(chosen):
+                out[i] = made[row, : len(ids[i])] if name in ("tags", "answers") else made[row]
             order = order.tolist()
         return out
 

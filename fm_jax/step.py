@@ -52,8 +52,8 @@ class Program:
         self.config, self.objective, self.layout = config, objective, layout
         chip_kernels.check_matmul_dtype(config.model.matmul_dtype, layout)
         micro, parts = config.batch_size // config.accumulation_steps, layout.batch_parts
-        pipeline.check(Architecture(**config.model.to_dict()), layout, micro, f"config.batch_size={config.batch_size} / accumulation_steps="
-                       f"{config.accumulation_steps} = {micro} rows")
+        pipeline.check(Architecture(**config.model.to_dict()), layout, micro, f"config.batch_size={config.batch_size} / "
+                       f"accumulation_steps={config.accumulation_steps} = {micro} rows")
         if micro % parts:
             raise UserError(
                 f"config.batch_size={config.batch_size} in {config.accumulation_steps} microbatches of {micro} is not "

@@ -85,6 +85,17 @@ class Tokenizer:
                                 f"which is no Unicode text: repair the source")
         return self._encode_special(texts) if special else self._encode(texts)
 
+    def encode_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns of each text its ids, int32 [n], without ends, and the characters that each is of, int64 [n, 2].
+
+        The characters of id i are text[spans[i, 0] : spans[i, 1]]; of the bytes of one, some have it and some none.
+        """
+        return [(ids, np.array(spans, np.int64).reshape(-1, 2)) for ids, spans in zip(
+            self.encode_batch(texts), map(self._spans, texts))]
+
+    def _spans(self, text: str) -> list[tuple[int, int]]:
+        raise NotImplementedError
+
     def chat(self, messages: Sequence[dict], *, add_generation_prompt: bool = True,
              continue_final_message: bool = False) -> str:
         """Returns the text of a chat by the tokenizer's template, for `encode(..., special=True)`.
@@ -227,6 +238,9 @@ class ByteTokenizer(Tokenizer):
     def _encode(self, texts):
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
+    def _spans(self, text):
+        return [(at, at + 1) for at, character in enumerate(text) for _ in character.encode()]
+
     def _decode(self, ids):
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
@@ -276,6 +290,14 @@ class SentencePieceTokenizer(Tokenizer):
         for n, part in enumerate(text.split("\u2581")):
             parts += ([self._bar] if n else []) + ([self._sp.encode_as_numpy(part)] if part else [])
         return np.concatenate(parts)
+
+    def _spans(self, text):
+        spans, at = [], 0
+        for n, part in enumerate(text.split("\u2581") if self._bar is not None else [text]):
+            spans += [(at - 1, at)] * len(self._bar) if n else []
+            spans += [(at + a, at + b) for a, b in self._sp.encode(part, return_type="offset_mapping")["offsets"]]
+            at += len(part) + 1
+        return spans
 
     def _decode(self, ids):
         return self._sp.decode(ids)
@@ -375,6 +397,9 @@ class HuggingFaceTokenizer(Tokenizer):
         parsing.no_truncation()
         parsing.no_padding()
         return parsing
+
+    def _spans(self, text):
+        return self._hf.encode(text, add_special_tokens=False).offsets
 
     def _decode(self, ids):
         return self._hf.decode(ids, skip_special_tokens=True)

@@ -41,6 +41,7 @@ def train(config, workdir, *, profile_steps: int = 0, peers: distributed.Peers |
     from fm_jax.data import batches
     from fm_jax.step import Program
 
+    config = objectives.settled(config, batches.values(config))
     config = config_lib.resolve(config, examples_per_epoch=batches.examples_per_epoch(config))
     layout = sharding.Layout(sharding.make_mesh(config.mesh))
     tokenizer = batches.load_tokenizer(config)

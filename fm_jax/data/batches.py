@@ -99,6 +99,17 @@ def examples_per_epoch(config) -> int:
                for folder, _ in parse_mixture(config.data.train, "data.train"))
 
 
+def values(config) -> dict[str, list]:
+    """Returns of each field of the training examples its distinct strings and whole numbers, as `examples` keeps them.
+
+    {} of packed text.
+    """
+    mixture = parse_mixture(config.data.train, "data.train")
+    known = [read_manifest(folder).get("values", {}) for folder, _ in mixture]
+    return {field: list(dict.fromkeys(value for each in known for value in each[field]))
+            for field in known[0] if all(field in each for each in known)}
+
+
 def _open(folder, split, kind, seq_len):
     return Examples(folder, split) if kind == "examples" else Rows(folder, split, seq_len)
 

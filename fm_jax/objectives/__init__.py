@@ -6,6 +6,7 @@ and `benchmark` know what `Objective` below says and nothing more. A new modalit
 one file here and one config. Nothing in this package imports another objective.
 """
 
+import copy
 import importlib
 import inspect
 import pkgutil
@@ -93,6 +94,24 @@ def find(path: str) -> type:
 def arguments(path: str) -> dict[str, Any]:
     """Returns the `config.objective_args` that an objective takes, with their defaults. Raises UserError as `find`."""
     return {p.name: p.default for p in inspect.signature(find(path)).parameters.values() if p.kind == p.KEYWORD_ONLY}
+
+
+def settled(config, values: dict[str, list]):
+    """Returns a copy of the config with the objective's arguments that its data decides, such as the names of labels.
+
+    values: of each field of the records its distinct ones in the train split (`data.batches.values`). What is decided,
+    and how, says the class method `from_data(args, values)` of an objective that has one.
+
+    Raises:
+      UserError: as `find` and `from_data`.
+    """
+    if not hasattr(find(config.objective), "from_data"):
+        return config
+    config = copy.deepcopy(config)
+    args = arguments(config.objective) | config.objective_args.to_dict()
+    with config.unlocked():
+        config.objective_args.update({k: tuple(v) for k, v in find(config.objective).from_data(args, values).items()})
+    return config
 
 
 def load(config, tokenizer=None, layout: Layout | None = None) -> Objective:
