@@ -5,6 +5,7 @@ once. `model.py` turns an `Architecture` into arrays; the counts here are tested
 """
 
 import dataclasses
+import math
 
 from fm_jax.errors import UserError, choose
 
@@ -18,9 +19,10 @@ ROPE_SCALINGS = {   # the keys of `rope_scaling`, beside "type", and their defau
 CHOICES = {
     "norm": ("rmsnorm", "layernorm"),
     "norm_position": ("pre", "post", "sandwich", "output"),
-    "activation": ("gelu", "gelu_tanh", "silu", "relu"),
+    "activation": ("gelu", "gelu_tanh", "silu", "relu", "quick_gelu"),
     "position": ("rope", "learned", "sinusoidal", "relative", "learned_relative", "none"),
     "qk_norm": ("none", "head", "full"),
+    "pooling": ("none", "first", "mean", "end", "last", "attention"),
     "router_score": ("softmax", "sigmoid"),
     "remat": ("none", "full", "dots", "offload_full", "offload_dots"),
     "attention_kernel": ("auto", "reference", "chunked", "splash", "cudnn"),
@@ -61,7 +63,7 @@ class Architecture:
     first_norm: bool = True             # False: the first attention reads the embeddings as they are (ModernBERT)
     final_norm: bool = True             # norm after the last block; False with norm_position="post" (BERT)
 
-    activation: str = "silu"            # gelu (erf), gelu_tanh, relu
+    activation: str = "silu"            # gelu (erf), gelu_tanh, relu, quick_gelu (x sigmoid(1.702 x), CLIP)
     gated_mlp: bool = True              # SwiGLU with silu, GeGLU with gelu
     qkv_bias: bool = False
     key_bias: bool = True               # False: queries and values alone have the qkv_bias (Whisper)
@@ -100,6 +102,13 @@ class Architecture:
     head_transform: bool = False        # before the logits a projection (with mlp_bias a bias too), the activation and
                                         # a norm; logits have a bias
 
+    patch_size: int = 0                 # pixels of a side of the squares into which images are cut; 0: tokens, not images
+    channels: int = 3                   # of a pixel
+    patch_bias: bool = True             # of the patches' projection
+    class_token: bool = False           # a learned first token, before the patches
+    pooling: str = "none"               # one vector of a sequence: its first token, their mean, that at the text's end
+                                        # (CLIP), the last, or what a learned query attends to (SigLIP)
+
     tie_embeddings: bool = True
     embed_scale: float = 1.0            # token embeddings are multiplied by it (Gemma: sqrt(embed_dim))
     dropout: float = 0.0                # of embeddings, attention output and mlp output, in training
@@ -125,7 +134,7 @@ class Architecture:
         for name in ("num_kv_heads", "head_dim", "mlp_dim", "window", "rope_local_theta", "attention_scale",
                      "attention_softcap", "logit_softcap", "pipeline_microbatches", "num_experts", "expert_dim",
                      "num_shared_experts", "capacity_factor", "num_dense_layers",
-                     "position_offset", "num_token_types"):
+                     "position_offset", "num_token_types", "patch_size"):
             _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "must be 0 or more")
         if not self.num_kv_heads:
             set_("num_kv_heads", self.num_heads)
@@ -179,6 +188,15 @@ class Architecture:
         else:
             for name in ("num_dense_layers", "num_shared_experts", "router_bias", "capacity_factor", "expert_dim"):
                 _require(not getattr(self, name), name, getattr(self, name), "needs num_experts")
+        _require(not self.class_token or self.patch_size > 0, "class_token", self.class_token, "needs patch_size")
+        if self.patch_size:
+            _require(self.channels in (1, 3), "channels", self.channels, "must be 1 (grey) or 3")
+            _require(self.position == "learned" and not self.position_offset, "position", self.position,
+                     "must be 'learned', without position_offset, of patches")
+            _require(math.isqrt(self.patch_positions) ** 2 == self.patch_positions > 0, "max_seq_len", self.max_seq_len,
+                     "must be a square number of patches" + ", and the class token" * self.class_token)
+            _require(not self.causal and self.num_experts == 0, "causal", self.causal,
+                     "must be False, without num_experts, of patches")
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
         scaling = self.rope_scaling.get("type", "none")
         choose(scaling, ("none", *ROPE_SCALINGS), "model.rope_scaling.type")
@@ -232,6 +250,11 @@ class Architecture:
                 ("layers", dataclasses.replace(self, num_dense_layers=0), self.num_layers - self.num_dense_layers))
 
     @property
+    def patch_positions(self) -> int:
+        """Patches for which there are positions."""
+        return self.max_seq_len - self.class_token
+
+    @property
     def active_mlp_dim(self) -> float:
         """Hidden channels of the mlp that a token goes through; with experts, of those that it chooses and the shared.
 
@@ -259,10 +282,14 @@ class Architecture:
         layer = attention * (sublayers - 1)
         layer += norm * sublayers * (2 if self.norm_position == "sandwich" else 1)
         tables = self.vocab_size * D * (1 if self.tie_embeddings else 2)
+        if self.patch_size:
+            tables = self._patch_params() + D * (self.patch_bias + self.class_token)
         tables += (self.max_seq_len + self.position_offset) * D * self.has_position_table
         tables += self.relative_buckets * self.num_heads * self.has_relative_bias
         tables += self.num_token_types * D + norm * self.embed_norm
         tables += (D * D + D * self.mlp_bias + norm + self.vocab_size) * self.head_transform
+        if self.pooling == "attention":   # a query and a block of its own, without a norm before the attention
+            tables += D + attention + norm + mlp
         tables -= norm * (not self.first_norm)
         return self.num_layers * layer + mlps + norm * self.final_norm + tables
 
@@ -277,7 +304,12 @@ class Architecture:
             mlps = self.num_dense_layers * mlp + sparse * self._expert_params(self.experts_per_token)
         attentions = self.num_layers * (2 if self.cross_attention else 1)
         head = self.embed_dim * (self.vocab_size + self.embed_dim * self.head_transform)   # tied or not
+        if self.patch_size:
+            head = self._patch_params()
         return attentions * attention + mlps + head
+
+    def _patch_params(self) -> int:
+        return self.patch_size ** 2 * self.channels * self.embed_dim
 
     def _expert_params(self, experts: int) -> int:
         """Returns the parameters of a router's matrix, so many experts and the shared ones."""

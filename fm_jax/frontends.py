@@ -1,16 +1,19 @@
-"""What turns a medium into x [B, T, D] for the Transformer, and hidden states back into logits; the model of text.
+"""What turns a medium into x [B, T, D] for the Transformer, and hidden states back into logits; the models of text and
+of images.
 
-Layer 1. Text tokens today; patches, log-mel frames, series, actions and timesteps find their place here.
-Letters as in `model.py`.
+Layer 1. Text tokens and patches of images today; log-mel frames, series, actions and timesteps find their place here.
+Letters as in `model.py`; of images, H and W pixels, C channels.
 """
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fm_jax import kernels
 from fm_jax.architecture import Architecture
-from fm_jax.model import (ACTIVATIONS, Cache, Context, Norm, Transformer, Trunk, dropout, fan_in, normal, param,
+from fm_jax.model import (ACTIVATIONS, Attention, Cache, Context, Mlp, Norm, Transformer, Trunk, dropout, fan_in, normal,
+                          param, zeros)
                           zeros)
 from fm_jax.sharding import Layout
 
@@ -203,3 +206,120 @@ class EncoderDecoder(nn.Module):
 
     def logits(self, hidden_BTD):
         return self.embed.logits(hidden_BTD)
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+def cubic(old: int, new: int) -> np.ndarray:
+    """Returns float64 [new, old]: what makes a row of `new` values of one of `old` by cubic convolution.
+
+    As PyTorch's, from which published position tables were interpolated: ends are repeated, nothing is smoothed where
+    the row gets shorter, and a = -0.75 (`jax.image.resize` has -0.5).
+
+    Source: Keys 1981, Cubic convolution interpolation for digital image processing, equation 15.
+    """
+    a, out = -0.75, np.zeros((new, old))
+    at = (np.arange(new) + 0.5) * old / new - 0.5
+    for k in np.floor(at)[None] + np.arange(-1, 3)[:, None]:
+        d = np.abs(at - k)
+        weight = np.where(d <= 1, (a + 2) * d ** 3 - (a + 3) * d ** 2 + 1, a * (d ** 3 - 5 * d ** 2 + 8 * d - 4))
+        np.add.at(out, (np.arange(new), k.clip(0, old - 1).astype(int)), weight)
+    return out
+
+
+def normalised(images_BHWC, mean, std):
+    """Returns float32 (image - mean) / std by channel, of images uint8, or float in [0, 1]."""
+    x = images_BHWC.astype(jnp.float32)
+    x = x / 255 if images_BHWC.dtype == jnp.uint8 else x
+    return (x - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+
+
+class PatchEmbed(nn.Module):
+    """Images to x: squares of pixels through one matrix, a class token before them, learned positions."""
+
+    arch: Architecture
+    layout: Layout | None = None
+
+    @nn.compact
+    def __call__(self, images_BHWC, key=None):
+        """Returns x [B, T, D] in the compute dtype, of normalised images; patches row by row.
+
+        Pixels at the right and below that fill no patch are left out. The positions are of a square image; those of
+        another size are interpolated (arXiv:2010.11929, section 3.2).
+        """
+        a, (B, height, width, C) = self.arch, images_BHWC.shape
+        P, D, dtype = a.patch_size, a.embed_dim, a.dtype
+        w = param(self, "patches", fan_in(P * P * C), a.param_dtype, patch_rows=P, patch_columns=P, channels=C, embed=D)
+        rows, columns, side = height // P, width // P, round(a.patch_positions ** 0.5)
+        pixels = images_BHWC[:, : rows * P, : columns * P].reshape(B, rows, P, columns, P, C)
+        x = kernels.linear(pixels.swapaxes(2, 3).reshape(B, rows * columns, P, P, C).astype(dtype), w, 3)
+        if a.patch_bias:
+            x += param(self, "bias", zeros, a.param_dtype, norm=D).astype(dtype)
+        positions = param(self, "positions", normal(0.02), a.param_dtype, position=a.max_seq_len, embed=D)
+        if self.layout:   # as of `TokenEmbed`'s tables
+            positions = jax.lax.with_sharding_constraint(positions, self.layout.sharding((None, None)))
+        first, grid = positions[: a.class_token], positions[a.class_token :]
+        if (rows, columns) != (side, side):
+            grid = jnp.einsum("rh,cw,hwd->rcd", cubic(side, rows), cubic(side, columns), grid.reshape(side, side, D),
+                              preferred_element_type=jnp.float32).reshape(rows * columns, D)
+        x += grid.astype(dtype)
+        if a.class_token:
+            token = param(self, "class_token", normal(0.02), a.param_dtype, norm=D)
+            x = jnp.concatenate([jnp.broadcast_to((token + first).astype(dtype), (B, 1, D)), x], axis=1)
+        x = dropout(Norm(a, name="norm")(x) if a.embed_norm else x, a.dropout, key)
+        return self.layout.constrain(x, "batch", "length", "embed") if self.layout else x
+
+
+class AttentionPool(nn.Module):
+    """One vector of a sequence: what a learned query attends to, through an mlp with a residual.
+
+    Source: arXiv:2303.15343 (SigLIP), whose head is that of arXiv:2106.04560, section 3.4.
+    """
+
+    arch: Architecture
+    layout: Layout | None = None
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        """Returns [B, D]."""
+        a, (B, _, D) = self.arch, x_BTD.shape
+        query = param(self, "query", normal(D ** -0.5), a.param_dtype, norm=D).astype(x_BTD.dtype)
+        attend = Attention(a, self.layout, cross=True, name="attention")
+        y = attend(jnp.broadcast_to(query, (B, 1, D)), kernels.Mask(False), None, x_BTD)[0]
+        return (y + Mlp(a, self.layout, name="mlp")(Norm(a, name="norm")(y)))[:, 0]
+
+
+class ImageModel(nn.Module):
+    """Patches, stack and pooling: an encoder of images."""
+
+    arch: Architecture
+    layout: Layout | None = None
+
+    def setup(self):
+        self.embed = PatchEmbed(self.arch, self.layout)
+        self.transformer = Transformer(self.arch, self.layout)
+        if self.arch.pooling == "attention":
+            self.pool = AttentionPool(self.arch, self.layout)
+
+    def __call__(self, images_BHWC, key=None, capture=()):
+        """Returns (pooled [B, D], hidden states [B, T, D], taps) of normalised images."""
+        embed_key, key = jax.random.split(key) if key is not None else (None, None)
+        hidden, _, taps = self.transformer(self.embed(images_BHWC, embed_key), key=key, capture=capture)
+        if self.arch.pooling == "attention":
+            return self.pool(hidden), hidden, taps
+        return pooled(self.arch, hidden), hidden, taps
+
+
+def pooled(arch: Architecture, hidden_BTD, length_B=None):
+    """Returns [B, D], one vector of each sequence, by `arch.pooling`. length_B: of each; None: all of T."""
+    if arch.pooling == "first":
+        return hidden_BTD[:, 0]
+    if arch.pooling == "end" and length_B is not None:
+        return jnp.take_along_axis(hidden_BTD, length_B[:, None, None] - 1, axis=1)[:, 0]
+    if arch.pooling == "mean":
+        if length_B is None:
+            return hidden_BTD.mean(1, dtype=jnp.float32).astype(hidden_BTD.dtype)
+        real = jnp.arange(hidden_BTD.shape[1]) < length_B[:, None]
+        total = jnp.where(real[..., None], hidden_BTD, 0).sum(1, dtype=jnp.float32)
+        return (total / length_B[:, None]).astype(hidden_BTD.dtype)
+    return hidden_BTD[:, -1]

@@ -54,7 +54,7 @@ def make(o, *, total_steps: int, warmup_steps: int, decay_steps: int, params, ax
     elif name == "adafactor":
         tx = step_of(_adafactor(o, params, axes), rate)
     else:
-        matrices = jax.tree.map(lambda a: a[0] in STACKED and matrix_axes(a) is not None, axes, is_leaf=is_axes)
+        matrices = jax.tree.map(lambda a: bool(a) and a[0] in STACKED and matrix_axes(a) is not None, axes, is_leaf=is_axes)
         if not any(jax.tree.leaves(matrices)):
             raise UserError("config.optimizer.name='muon': the model has no matrix in stacked layers; use adamw")
         tx = optax.partition(

@@ -49,6 +49,8 @@ RULES = {
     "position": ((), ()),       # rows of a position table
     "rank": ((), ()),           # of a low-rank adapter
     "block": ((), ()),          # scales of a quantised matrix, along its inputs
+    "patch_rows": ((), ()), "patch_columns": ((), ()), "channels": ((), ()),   # of pixels
+    "classes": ((), ()),        # few, and rarely a number that a mesh divides
     "norm": ((), ()),           # scales and biases of norms: small, replicated
     # Cut in the shard_map of pipeline.py alone. By constraints, gradients went wrong silently on the CPU backend of jax
     # 0.10 and 0.11.

@@ -16,6 +16,7 @@ def activation(name, x):
     return {"gelu": lambda: x * 0.5 * (1 + _erf(x / math.sqrt(2))),
             "gelu_tanh": lambda: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3))),
             "silu": lambda: x / (1 + np.exp(-x)),
+            "quick_gelu": lambda: x / (1 + np.exp(-1.702 * x)),
             "relu": lambda: np.maximum(x, 0)}[name]()
 
 

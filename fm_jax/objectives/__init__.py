@@ -40,6 +40,10 @@ class Objective(Protocol):
     tokens_per_example: int        # for tokens/s
     flops_per_example: float       # of training, forward and backward, without recomputation: for MFU
 
+    # Where the loss of an example depends on the others of its batch, as in contrastive learning, an objective says
+    # `examples_interact = True` and also has `embed(params, batch, key)`, arrays [n, ...] that are all that the others
+    # see of each example, and `loss_of(params, embedded, batch)`, of the whole batch.
+
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns names, shapes and dtypes of a batch; the leading axis of each is `batch_size`."""
 
