@@ -14,7 +14,6 @@ from fm_jax import kernels
 from fm_jax.architecture import Architecture
 from fm_jax.model import (ACTIVATIONS, Attention, Cache, Context, Mlp, Norm, Transformer, Trunk, dropout, fan_in, normal,
                           param, zeros)
-                          zeros)
 from fm_jax.sharding import Layout
 
 

@@ -7,7 +7,7 @@
 A row of a table names a tensor of the family, its axes, our parameter and its axes, and is read in
 both directions (`weights.py`); so is what follows it, from `config.json` to our config and back
 (`settings.py`). What has no place in the tables is an error that names it. `tables.py` says how a family is
-written down; `decoders.py` and `encoders.py` are the tables.
+written down; `decoders.py`, `encoders.py` and `vision.py` are the tables.
 """
 
 import pathlib
@@ -120,8 +120,10 @@ def read_params(folder: Folder, abstract):
     return weights.read(folder.path, folder.family, model_of(folder.settings, folder.place), folder.entries, abstract)
 
 
-def read_tokenizer(folder: Folder) -> tokenizers.Tokenizer:
-    """Returns the folder's tokenizer; see `tokenizer_files.read`."""
+def read_tokenizer(folder: Folder) -> tokenizers.Tokenizer | None:
+    """Returns the folder's tokenizer, None of a model without text; see `tokenizer_files.read`."""
+    if not folder.family.has_text:
+        return None
     if folder.tokenizer:
         files = folder.tokenizer()
         return tokenizers.HuggingFaceTokenizer(files["tokenizer.json"], files["tokenizer_config.json"],
@@ -148,7 +150,11 @@ def save(folder, config, params, tokenizer, *, file_bytes: int = FILE_BYTES) -> 
         raise UserError(f"{family.architecture} has no tensor for {', '.join(homeless)}")
     dtypes = {choose(np.dtype(p.dtype), tuple(DTYPES.values()), f"{n}: dtype") for n, p in names.items()}
     settings["torch_dtype"] = dtypes.pop().name if len(dtypes) == 1 else "float32"
-    settings |= {f"{which}_token_id": getattr(tokenizer, f"{which}_id") for which in ("bos", "eos", "pad")}
+    if tokenizer is not None:
+        ids = {f"{which}_token_id": getattr(tokenizer, f"{which}_id") for which in ("bos", "eos", "pad")}
+        settings |= ids
+        if "text_config" in settings:   # where the towers of texts look
+            settings["text_config"] |= ids
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = pathlib.Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
@@ -162,7 +168,7 @@ def save(folder, config, params, tokenizer, *, file_bytes: int = FILE_BYTES) -> 
                 write_json(made / file, settings.pop(file))
         write_json(made / "config.json", settings)
         weights.save(made, family, model, names, file_bytes)
-        note = tokenizer_files.save(made, tokenizer)
+        note = "no tokenizer" if tokenizer is None else tokenizer_files.save(made, tokenizer)
         made.chmod(0o755)   # mkdtemp's is private
         made.replace(folder)
     except BaseException as e:

@@ -6,11 +6,11 @@ from fm_jax import config as config_lib
 from fm_jax import objectives
 from fm_jax.architecture import ROPE_SCALINGS, Architecture
 from fm_jax.errors import UserError, choose
-from fm_jax.hf import decoders, encoder_decoders, encoders, sentences
+from fm_jax.hf import decoders, encoder_decoders, encoders, sentences, vision
 from fm_jax.hf.tables import ACTIVATIONS, HARMLESS, Family, Model
 
 # The first that can express a model is the one it is exported as.
-FAMILIES: dict[str, Family] = decoders.FAMILIES | encoders.FAMILIES | encoder_decoders.FAMILIES
+FAMILIES: dict[str, Family] = (decoders.FAMILIES | encoders.FAMILIES | encoder_decoders.FAMILIES | vision.FAMILIES)
 
 # Fields of Architecture that say how it is computed, and not what.
 COMPUTE = ("dtype", "param_dtype", "matmul_dtype", "remat", "scan_layers", "attention_kernel", "loss_chunk_tokens",
@@ -205,14 +205,14 @@ def _model(config, family):
     """Returns the Model of a run's config, in the sections of a family."""
     args = {**objectives.arguments(config.objective), **config.objective_args}
     named = lambda wanted: [name for section, name in map(_section, _fields(family)) if section == wanted]
-    stack = lambda name: config_lib.encoder(config) if name == "encoder" else Architecture(**config[name].to_dict())
-    return Model(config.objective, {name: stack(name) for name in family.stacks},
+    stacks = {"model": lambda: Architecture(**config.model.to_dict()), "encoder": lambda: config_lib.encoder(config)}
+    return Model(config.objective, {name: stacks[name]() for name in family.stacks},
                  {name: args[name] for name in named("objective_args") if name in args},
                  {name: config[name] for name in named("config")})
 
 
 def _fields(family):
-    return [*family.fixed, *(field for _, field, *_ in family.settings)]
+    return [*family.fixed, *family.args, *(field for _, field, *_ in family.settings)]
 
 
 def _express(name, model):
@@ -262,7 +262,9 @@ def _lost(name, model, settings):
         fields = {f: v for f, v in vars(a).items() if f not in COMPUTE}
         kind = a.rope_scaling.get("type", "none")
         local = "local" in a.layer_kinds
-        return fields | {
+        # Of patches, what is of tokens alone; of tokens, what is of patches.
+        none = ("vocab_size", "tie_embeddings", "embed_scale", "logit_softcap", "num_token_types", "head_transform")
+        return fields | dict.fromkeys(none if a.patch_size else ("channels", "patch_bias")) | {
             "layer_pattern": a.layer_kinds, "window": a.window * local, "rope_local_theta": a.rope_local_theta * local,
             "attention_scale": a.attention_scale or a.head_dim ** -0.5, **(
                 {"rope_scaling": {"type": kind, **ROPE_SCALINGS.get(kind, {}), **a.rope_scaling}}

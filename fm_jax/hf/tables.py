@@ -7,7 +7,7 @@ from fm_jax.hf import sentences
 
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu",
-               "swish": "silu", "relu": "relu"}
+               "swish": "silu", "relu": "relu", "quick_gelu": "quick_gelu"}
 # Of config.json in any family: names, special tokens, precision (the files have their own), generation, caching.
 HARMLESS = frozenset((
     "model_type", "architectures", "transformers_version", "_name_or_path", "torch_dtype", "dtype", "bos_token_id",
@@ -23,7 +23,7 @@ class Row(NamedTuple):
     Letters: those of model.py, and P positions, Y token types, U the width once more, M hidden channels of an expert,
     Q and R channels of all heads and of all kv heads. Letters that share an axis of the tensor are merged there, the
     first outermost. "+" marks the axis along which the rows that share a tensor follow each other; "K:+H" that they do
-    so for each K in turn. No row has a letter twice.
+    so for each K in turn; "1" an axis of one. No row has a letter twice.
     """
 
     key: str       # of the tensor; {}: the layer, {e}: the expert
@@ -69,10 +69,12 @@ class Family(NamedTuple):
     buffers: str = "(?!)"              # pattern of tensors that are no parameters, or another head's
     copies: dict = {}                  # tensor: the one of the table that it may repeat, to the byte
     objective: str = "fm_jax.objectives.causal_lm.CausalLM"
+    has_text: bool = True              # False: there is no tokenizer
     files: tuple[str, ...] = ()        # JSON files beside config.json that hold settings
     # What the tables cannot say: of the settings by key and the place, more fields; and of the Model, their keys back.
     read: Callable[[dict, str], dict] | None = None
     keys: tuple[str, ...] = ()         # that `read` reads
+    args: tuple[str, ...] = ()         # fields of objective_args that only `read` gives
     write: Callable[[Model], dict] | None = None
     sizes: Callable[[Model], dict] | None = None   # of letters of its own in rows
 

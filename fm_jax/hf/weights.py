@@ -130,7 +130,7 @@ def sizes_of(family, model):
     return {name: {
         "V": a.vocab_size, "D": a.embed_dim, "U": a.embed_dim, "K": a.num_kv_heads, "G": a.groups, "H": a.head_dim,
         "Q": a.num_heads * a.head_dim, "R": a.num_kv_heads * a.head_dim, "F": a.mlp_dim, "E": a.num_experts,
-        "M": a.expert_dim, "P": a.max_seq_len + a.position_offset, "Y": a.num_token_types, **own}
+        "M": a.expert_dim, "P": a.max_seq_len + a.position_offset, "Y": a.num_token_types, "1": 1, **own}
         for name, a in model.stacks.items()}
 
 
@@ -158,7 +158,7 @@ def _view(array, part, sizes):
     row = part.row
     array = array.reshape(_blocks(row, sizes, part.length))
     array = array[(slice(None),) * _joint(row) + (slice(part.start, part.stop),)]
-    letters = re.sub("[ +:]", "", row.axes)
+    letters = re.sub("[ +:1]", "", row.axes)
     return array.reshape([sizes[row.stack][c] for c in letters]).transpose([letters.index(c) for c in row.letters])
 
 
@@ -231,7 +231,7 @@ def save(folder, family: Family, model: Model, names: dict, file_bytes: int) -> 
 def joined(arrays: list, rows: list[Row], sizes):
     """Returns the tensor that the rows' parameters make, of a layer, with its axes as `_blocks`: `parted` backwards."""
     def block(array, row):
-        letters = re.sub("[ +:]", "", row.axes)
+        letters = re.sub("[ +:1]", "", row.axes)
         return array.transpose([row.letters.index(c) for c in letters]).reshape(_blocks(row, sizes))
 
     return np.concatenate([block(*pair) for pair in zip(arrays, rows)], axis=_joint(rows[0]))

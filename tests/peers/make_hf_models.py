@@ -3,7 +3,9 @@
 Of each: config.json and model.safetensors as transformers writes them, and expected.npz: `tokens` [2, 23], and of them
 `hidden` [2, 23, D] (after the last norm) and `logits` [2, 23, V]; where there is an encoder, of `decoder_tokens`
 [2, 17] behind it, where `mask` [2, 23] is 0 at the padding. Sizes are odd in some way: kv heads are not heads,
-head sizes not the width over the heads, windows shorter than the input. Weights are drawn in bfloat16 and stored in
+head sizes not the width over the heads, windows shorter than the input. Of the models of images: `images` uint8
+[2, 17, 17, 3], whose last pixels fill no patch, the hidden states and vectors of the towers, and the vectors of larger
+images, for which positions are interpolated. Weights are drawn in bfloat16 and stored in
 float32: half of their bytes compress away. Run it with a Python that has torch 2.13.0, transformers 5.23.0 and, for
 `sentence_*`, sentence-transformers 6.2.0; the tests that read them, in `tests/hf_test.py`, need none of these.
 
@@ -72,6 +74,26 @@ SENTENCES = {
 T5 = dict(vocab_size=VOCAB, d_model=20, d_kv=6, d_ff=28, num_layers=2, num_decoder_layers=3, num_heads=4,
           relative_attention_num_buckets=8, relative_attention_max_distance=14)
 SEQ2SEQ = {"t5": ("T5", T5), "t5_gated": ("T5", dict(T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False))}
+
+IMAGES = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=30, image_size=17,
+              patch_size=5)
+TEXTS = dict(vocab_size=VOCAB, hidden_size=20, num_hidden_layers=2, num_attention_heads=2, intermediate_size=28,
+             max_position_embeddings=11)
+# Means and deviations by which pixels in [0, 1] are normalised; the rest as transformers' own processors have it.
+SQUARE, SHORTEST = {"size": {"height": 17, "width": 17}}, {"size": {"shortest_edge": 17}, "do_center_crop": True,
+                                                          "crop_size": {"height": 17, "width": 17}}
+PREPROCESSING = dict(do_resize=True, do_rescale=True, rescale_factor=1 / 255, do_normalize=True, do_convert_rgb=True,
+                     image_mean=[0.4, 0.5, 0.6], image_std=[0.3, 0.2, 0.25])
+OF_IMAGES = {
+    "vit": ("ViTForImageClassification", dict(IMAGES, num_labels=5), dict(SQUARE, resample=2)),
+    "clip": ("CLIPModel", dict(text_config=dict(TEXTS, bos_token_id=37, eos_token_id=38, pad_token_id=39),
+                               vision_config=IMAGES, projection_dim=14), dict(SHORTEST, resample=3)),
+    "clip_old": ("CLIPModel", dict(text_config=dict(TEXTS, bos_token_id=0, eos_token_id=2, pad_token_id=1),
+                                   vision_config=IMAGES, projection_dim=14), dict(SHORTEST, resample=3)),
+    "siglip": ("SiglipModel", dict(text_config=dict(TEXTS, projection_size=24, bos_token_id=0, eos_token_id=1,
+                                                    pad_token_id=1),
+                                   vision_config=IMAGES), dict(SQUARE, resample=3)),
+}
 
 
 def draw(model):
@@ -166,6 +188,59 @@ def make_sentences(name):
     print(name, sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))
 
 
+def texts(name):
+    """Returns (tokens [2, 11] with an end token and padding, length [2])."""
+    tokens = torch.randint(3, 36, (2, 11))
+    # By number 2, older files of CLIP mean that the highest of a text is its end.
+    end, pad = {"clip": (38, 39), "clip_old": (VOCAB - 1, 1), "siglip": (1, 1)}[name]
+    length = torch.tensor([6, 11])
+    for row, n in enumerate(length):
+        tokens[row, n - 1], tokens[row, n:] = end, pad
+    return tokens, length
+
+
+def make_of_images(name):
+    kind, settings, preprocessing = OF_IMAGES[name]
+    torch.manual_seed(sum(map(ord, name)))
+    cls = getattr(transformers, kind)
+    config = cls.config_class(**settings)
+    config._attn_implementation = "eager"
+    model = cls(config).float().eval()
+    draw(model)
+    if hasattr(model, "logit_scale"):
+        model.logit_scale.data.fill_(2.5)
+    preprocessing |= PREPROCESSING
+    mean, std = (torch.tensor(preprocessing[f"image_{one}"])[:, None, None] for one in ("mean", "std"))
+    images, large = (torch.randint(0, 256, (2, *shape, 3), dtype=torch.uint8) for shape in ((17, 17), (27, 21)))
+    normal = lambda x: (x.permute(0, 3, 1, 2) / 255 - mean) / std
+    with torch.no_grad():
+        if name == "vit":
+            out = model(normal(images), output_hidden_states=True)
+            hidden = model.vit.layernorm(out.hidden_states[-1])
+            arrays = dict(image_hidden=hidden, image_vectors=hidden[:, 0], logits=out.logits,
+                          large_logits=model(normal(large), interpolate_pos_encoding=True).logits)
+        else:
+            tokens, length = texts(name)
+            out = model(input_ids=tokens, pixel_values=normal(images))
+            bigger = model(input_ids=tokens, pixel_values=normal(large), interpolate_pos_encoding=True)
+            hidden = out.vision_model_output.last_hidden_state
+            if name != "siglip":   # whose norm is not in it
+                hidden = model.vision_model.post_layernorm(hidden)
+            arrays = dict(tokens=tokens.int(), length=length.int(), text_hidden=out.text_model_output.last_hidden_state,
+                          image_hidden=hidden, text_vectors=out.text_embeds, image_vectors=out.image_embeds,
+                          logits=out.logits_per_image, large_logits=bigger.logits_per_image)
+    folder = FOLDER / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as made:
+        model.save_pretrained(made)
+        (folder / "config.json").write_text(json.dumps(json.loads(Path(made, "config.json").read_text()), indent=1) + "\n")
+        (folder / "model.safetensors").write_bytes(Path(made, "model.safetensors").read_bytes())
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=1) + "\n")
+    np.savez_compressed(folder / "expected.npz", images=images.numpy(), large=large.numpy(),
+                        **{n: a.numpy() for n, a in arrays.items()})
+    print(name, sum(f.stat().st_size for f in folder.iterdir()))
+
+
 if __name__ == "__main__":
-    for each in sys.argv[1:] or DECODERS | ENCODERS | SEQ2SEQ | SENTENCES:
-        make_sentences(each) if each in SENTENCES else make(each)
+    for each in sys.argv[1:] or DECODERS | ENCODERS | SEQ2SEQ | SENTENCES | OF_IMAGES:
+        (make_sentences if each in SENTENCES else make_of_images if each in OF_IMAGES else make)(each)

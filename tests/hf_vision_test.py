@@ -1,0 +1,114 @@
+"""Hugging Face folders of models of images: against what transformers computed (`tests/peers/make_hf_models.py`)."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import fm_jax
+from fm_jax import hf
+from fm_jax.errors import UserError
+from fm_jax.tokenizer import ByteTokenizer
+from hf_test import read_safetensors
+
+MODELS = pathlib.Path(__file__).parent / "hf_models"
+
+
+def settings(folder, name="config.json", **changes):
+    """Returns the object in a file of a folder, with changes, written back."""
+    value = json.loads((folder / name).read_text())
+    for key, change in changes.items():
+        *sections, leaf = key.split("__")
+        inside = value
+        for section in sections:
+            inside = inside[section]
+        inside[leaf] = change
+    (folder / name).write_text(json.dumps(value))
+    return value
+
+
+@pytest.fixture
+def there(tmp_path):
+    """Returns a function: name of a model -> a copy of its folder, with a tokenizer where it reads texts."""
+    def copy(name):
+        folder = shutil.copytree(MODELS / name, tmp_path / name)
+        if name != "vit":
+            ByteTokenizer().save(folder)   # its vocabulary is another, and ids are given below
+        return folder
+    return copy
+
+
+def opened(folder):
+    """Returns (config, objective, parameters) without the tokenizer."""
+    from fm_jax import pretrained
+
+    found = hf.open_folder(folder)
+    config = hf.read_config(found)
+    objective, abstract = pretrained._abstract(config, None, None)
+    return config, objective, hf.read_params(found, abstract)
+
+
+@pytest.mark.parametrize("name", ["clip", "clip_old", "siglip", "vit"])
+def test_a_family_is_what_transformers_computes(name, there, tmp_path):
+    """The same hidden states of both towers, vectors and logits, of padded texts, and of larger images, for which
+    positions are interpolated; and exported, the same settings and the same bytes under the same keys."""
+    folder = there(name)
+    want, (config, objective, params) = np.load(folder / "expected.npz"), opened(folder)
+    close = lambda got, wanted: np.testing.assert_allclose(got, want[wanted], atol=2e-4, err_msg=wanted)
+    assert np.abs(want["logits"]).max() > 1
+    if name == "vit":
+        close(objective.hidden_image(params, want["images"])[0], "image_hidden")
+        close(objective.embed_image(params, want["images"]), "image_vectors")
+        close(objective.classify(params, want["images"]), "logits")
+        close(objective.classify(params, want["large"] / np.float32(255)), "large_logits")
+    else:
+        tower = lambda *inputs, method: objective.module.apply({"params": params}, *inputs, method=method)
+        pixels = (want["images"] / 255 - [.4, .5, .6]) / [.3, .2, .25]
+        image, hidden, _ = tower(pixels.astype(np.float32), method="embed_image")
+        text, text_hidden, _ = tower(want["tokens"], want["length"], method="embed_text")
+        close(hidden, "image_hidden")
+        close(text_hidden, "text_hidden")
+        close(image, "image_vectors")
+        close(objective.embed_image(params, want["images"]), "image_vectors")
+        close(text, "text_vectors")
+        close(objective.logits(params, image, text), "logits")
+        close(objective.logits(params, objective.embed_image(params, want["large"]), text), "large_logits")
+    hf.save(tmp_path / "back", config, jax.tree.map(np.asarray, params), None)
+    assert read_safetensors(tmp_path / "back" / "model.safetensors") == read_safetensors(folder / "model.safetensors")
+    both = hf.open_folder(folder), hf.open_folder(tmp_path / "back")
+    assert hf.model_of(both[0].settings, "") == hf.model_of(both[1].settings, "")
+    for file in ("config.json", "preprocessor_config.json"):
+        one, other = (settings(side, file) for side in (folder, tmp_path / "back"))
+        same = ("model_type", "architectures", "size", "crop_size", "resample", "image_mean", "image_std")
+        assert {k: one.get(k) for k in same} == {k: other.get(k) for k in same}
+
+
+@pytest.mark.parametrize("name, model_type", [("clip", "clip_vision_model"), ("siglip", "siglip_vision_model"),
+                                              ("vit", "vit")])
+def test_a_tower_of_images_alone(name, model_type, there, tmp_path):
+    """Cut out of its model's files: the same vectors."""
+    folder, want = there(name), np.load(MODELS / name / "expected.npz")
+    whole = hf.open_folder(folder)
+    own = settings(folder)
+    own = {"model_type": model_type, **own.get("vision_config", own)} | {
+        "model_type": model_type, "architectures": [{
+            "vit": "ViTModel", "clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}[name]]}
+    (folder / "config.json").write_text(json.dumps(own))
+    tensors = {key.removeprefix("vit."): np.array(e.read()) for key, e in whole.entries.items()
+               if key.startswith(("vision_model.", "vit."))}
+    hf.safetensors.write(folder / "model.safetensors", [
+        (key, a.dtype, a.shape, lambda a=a: a) for key, a in tensors.items()])
+    config, objective, params = opened(folder)
+    hidden = objective.hidden_image(params, want["images"])[0]
+    np.testing.assert_allclose(hidden, want["image_hidden"], atol=2e-4)
+    if name != "clip":   # whose vector is projected in the whole model
+        vector = np.asarray(objective.embed_image(params, want["images"]))
+        unit = vector / np.linalg.norm(vector, axis=1, keepdims=True) if name == "siglip" else vector
+        np.testing.assert_allclose(unit, want["image_vectors"], atol=2e-4)
+    hf.save(tmp_path / "back", config, jax.tree.map(np.asarray, params), None)
+    assert read_safetensors(tmp_path / "back" / "model.safetensors") == read_safetensors(folder / "model.safetensors")
+    with pytest.raises(UserError, match="num_classes=0"):
+        objective.loss(params, objective.random_batch(2, np.random.default_rng(0)))
