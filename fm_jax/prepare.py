@@ -14,6 +14,7 @@ Examples:
   python -m fm_jax.prepare --source 'texts/*.jsonl' --tokenizer sentencepiece:8192 --output data/x
   python -m fm_jax.prepare --source catalogue:wikipedia_introductions --tokenizer bytes --output data/wiki
   python -m fm_jax.prepare --examples --source x.jsonl --tokenizer runs/base/tokenizer --output data/topics
+  python -m fm_jax.prepare --examples --source catalogue:mnist_5k --images image --validation_frac 0.1 --output data/digits
 """
 
 import os
@@ -40,6 +41,8 @@ def _flags(fv):
     text("validation_source", "", "Of examples, the held-out ones, as --source; instead of a --validation_frac.")
     text("split_by", "", "Of examples, comma-separated fields: those equal in them are all held out or none; default: "
          "all fields.")
+    text("images", "", "Of examples, comma-separated fields that hold a picture: bytes, or the path of its file from the "
+         "source's folder. Those that cannot be read are left out and counted.")
     text("licence", "", "Recorded in the manifest; default: what the catalogue says.")
     number("shard_tokens", 100_000_000, "Most tokens of a shard.")
     number("workers", os.cpu_count(), "Processes that tokenize; the result does not depend on it.")
@@ -56,6 +59,8 @@ def main(args):
     from fm_jax.errors import UserError
 
     if not args.examples:
+        if args.images:
+            raise UserError(f"--images={args.images} is for --examples")
         for name, value in (("validation_source", args.validation_source), ("split_by", args.split_by)):
             if value:
                 raise UserError(f"--{name}={value} is for --examples; held-out text comes from a folder of its own, "
@@ -86,7 +91,8 @@ def main(args):
         if args.examples:
             manifest, reused = examples.prepare(
                 sources, args.output, tokenizer=args.tokenizer, text_key=args.text_key, validation_sources=held_out,
-                validation_frac=args.validation_frac, split_by=args.split_by, licence=args.licence, progress=progress)
+                validation_frac=args.validation_frac, split_by=args.split_by, images=args.images,
+                licence=args.licence, progress=progress)
         else:
             manifest, reused = prepared.prepare(
                 sources, args.tokenizer, args.output, text_key=args.text_key, separator=separator,
@@ -107,6 +113,9 @@ def _summary(manifest, output, reused, seconds):
                   for split, entry in manifest["splits"].items()]
         lines.append(f"  dropped    {manifest['examples_duplicate']:>10,} duplicates "
                      f"{manifest['examples_empty']:>9,} empty {manifest['examples_also_held_out']:>9,} also held out")
+        if manifest.get("examples_unreadable"):
+            lines.append(f"  left out   {manifest['examples_unreadable']:>10,} whose picture cannot be read; the first: "
+                         f"{manifest['first_unreadable']}")
         lines += [f"  {field}: {len(values)} values: {', '.join(map(str, values[:8]))}{', ...' * (len(values) > 8)}"
                   for field, values in manifest["values"].items()]
         return "\n".join([*lines, f"  licence: {manifest['licence']}"])

