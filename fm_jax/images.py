@@ -127,32 +127,17 @@ def square(image, view: View, draws: np.ndarray | None = None) -> np.ndarray:
     return np.asarray(image).reshape(size, size, view.channels)
 
 
-def into(pixels: np.ndarray, record: dict, key: str, view: View, draws: np.ndarray | None) -> float:
-    """Returns the weight of a record's example, 1, having written its image to `pixels`; 0 where it cannot be read.
+def into(pixels: np.ndarray, data, place: str, view: View, draws: np.ndarray | None) -> float:
+    """Returns the weight of an example, 1, having written its image to `pixels`; 0 where it cannot be read.
 
     A run does not end for a damaged image: what cannot be read is counted when data is prepared, and logged here.
-
-    Raises:
-      UserError: the record has no such field.
     """
-    data = field(record, key)
     try:
-        pixels[:] = square(decode(data, place_of(record)), view, draws)
+        pixels[:] = square(decode(data, place), view, draws)
     except UserError as error:
         logging.warning("left out: %s", error)
         return 0.0
     return 1.0
-
-
-def field(record: dict, key: str):
-    """Returns a field of a record. Raises UserError, with the nearest name, where it has none."""
-    choose(key, record, f"{place_of(record)}: field")
-    return record[key]
-
-
-def place_of(record: dict) -> str:
-    """Returns what an error calls a record."""
-    return getattr(record, "place", None) or f"a record of {', '.join(map(str, record))}"
 
 
 def check_tower(arch: Architecture, view: View, mean, std, layout: Layout | None, section: str):
@@ -161,7 +146,7 @@ def check_tower(arch: Architecture, view: View, mean, std, layout: Layout | None
     Raises:
       UserError: no patches in the architecture, a mesh that cuts what is not cut here, or numbers that do not fit.
     """
-    if not arch.patch_size or arch.pooling not in ("first", "mean", "attention", "last"):
+    if not arch.patch_size or arch.pooling not in ("first", "mean", "attention"):
         raise UserError(f"config.{section}.patch_size={arch.patch_size}, pooling={arch.pooling!r}: a tower of images "
                         "needs a patch_size, and pooling 'first', 'mean' or 'attention'")
     if view.size < arch.patch_size:

@@ -4,18 +4,20 @@
     lm.logits(tokens)  lm.hidden(tokens)  lm.score(contexts, continuations)  lm.generate(prompts)  lm.embed(texts)
     lm.score_texts(texts)  lm.complete(token_ids)  lm.encode(texts)
     lm.classify(texts)  lm.rate(texts)  lm.tag(words)  lm.answer(questions, contexts)   # by what it was trained to do
+    lm.embed_images(images)  lm.classify_images(images, classes)
     lm.params  lm.config  lm.tokenizer  lm.module  lm.step
 """
 
 import operator
-import os.path
+import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fm_jax import adapt, checkpoint, config as config_lib, decode, distributed, hf, objectives, quantize, scoring
-from fm_jax import sharding, storage, tokenizer as tokenizers, tree
+from fm_jax import images as images_lib, sharding, storage, tokenizer as tokenizers, tree
 from fm_jax.data.prepared import document_ends
 from fm_jax.errors import UserError, choose
 from fm_jax.model import merged
@@ -348,6 +350,49 @@ class Pretrained:
             order = order.tolist()
         return out
 
+    def embed_images(self, images) -> np.ndarray:
+        """Returns float32 [n, D], a vector of each image; of a model of images and texts, in the space of `embed`.
+
+        An image is a path, the bytes of a file, or an array, uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+        """
+        self._must("embed images", "embed_image")
+        return self._of_images("embed_image", images)
+
+    def classify_images(self, images, classes=None) -> np.ndarray:
+        """Returns float32 [n, C], the probabilities of each image's classes.
+
+        classes: of a model of images and texts, a list that has of each class a text, or several, whose vectors'
+          mean is taken. A classifier knows its own.
+        """
+        if "classify" in self.objective.predict:
+            if classes is not None:
+                raise UserError(f"classes={classes!r:.80}: this model has {self.objective.num_classes} classes of its own")
+            return _softmax(self._of_images("classify", images))
+        self._must("classify images", "embed_image", "similarity", "ensemble")
+        if not classes or isinstance(classes, str):
+            raise UserError(f"classes={classes!r}: give a list that has of each class a text, or a list of texts")
+        predict, texts = self.objective.predict, [[c] if isinstance(c, str) else list(c) for c in classes]
+        vectors = [predict["ensemble"](self.params, self.embed(each)[None])[0] for each in texts]
+        return _softmax(np.asarray(predict["similarity"](self.params, self.embed_images(images), np.stack(vectors))))
+
+    def _of_images(self, name, images):
+        """Returns what the prediction `name` makes of each image, float32 [n, ...]."""
+        if isinstance(images, (str, bytes, bytearray, os.PathLike)) or getattr(images, "ndim", 4) < 4:
+            raise UserError("images: give a list of images, [image] for one")
+        view, out = self.objective.view, []
+        predict = self._jitted.setdefault(name, jax.jit(self.objective.predict[name]))
+        images = list(images)
+        for begin in range(0, len(images) or 1, self._batch_size):
+            chosen = images[begin : begin + self._batch_size]
+            pixels = np.zeros((self._batch_size, view.size, view.size, view.channels), np.uint8)
+            for i, image in enumerate(chosen):
+                place = f"images[{begin + i}]"
+                if isinstance(image, (str, os.PathLike)):
+                    place, image = str(image), _bytes_of(image)
+                pixels[i] = images_lib.square(images_lib.decode(image, place), view)
+            out.append(distributed.fetch(predict(self.params, pixels))[: len(chosen)].astype(np.float32))
+        return np.concatenate(out)
+
     def embedded_ids(self, texts) -> list[np.ndarray]:
         """Returns the token ids, int32 [n], of which `embed` makes the vector of each text."""
         texts = _texts("texts", texts)
@@ -444,6 +489,18 @@ class Pretrained:
             bad = tokens[(tokens < 0) | (tokens >= arch.vocab_size)][0]
             raise UserError(f"token id {bad} is outside the vocabulary of {arch.vocab_size}")
         return np.pad(tokens.astype(np.int32), ((0, -len(tokens) % self._parts), (0, 0)))
+
+
+def _softmax(logits):
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def _bytes_of(path):
+    try:
+        return pathlib.Path(path).read_bytes()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
 
 
 def _near(n: int, least: int = 16) -> int:

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "fm_jax"
 # data/ and all in it. A new module takes its place here.
 LAYERS = (
     ("errors", "architecture", "config", "distributed", "tree", "sharding", "hlo", "storage"),
-    ("chip_kernels", "kernels", "ring", "pipeline", "model", "frontends", "tokenizer", "xla_flags"),
+    ("chip_kernels", "kernels", "ring", "pipeline", "model", "frontends", "images", "tokenizer", "xla_flags"),
     ("objectives", "data", "optim", "checkpoint", "metrics", "gguf", "quantize"),
     ("adapt", "decode", "hf", "scoring", "compiled_step", "step", "topology"),
     ("pretrained", "evals", "engine", "roofline"),
@@ -38,7 +38,7 @@ SAME_LAYER = {
     ("report", "evaluate"),   # the report runs the evaluation that the command does
 }
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "pyarrow", "matplotlib", "sentencepiece", "tokenizers",
-         "tensorboardX", "tqdm", "transformers"}
+         "tensorboardX", "tqdm", "transformers", "PIL"}
 
 
 def files():

@@ -50,6 +50,13 @@ def place_of(record: dict) -> str:
     return getattr(record, "place", None) or json.dumps(record, ensure_ascii=False, default=repr)[:80]
 
 
+def field(record: dict, key: str):
+    """Returns a field of a record. Raises UserError, with the nearest name, where it has none."""
+    if key not in record:
+        choose(key, record, f"{place_of(record)}: field")
+    return record[key]
+
+
 def prepare(sources: list[Source], output, *, tokenizer: str = "", text_key: str = "text",
             validation_sources: list[Source] = (), validation_frac: float = 0.02, split_by: str = "",
             images: str = "", licence: str = "", progress: Callable[[str, int], None] = lambda stage, count: None) -> tuple[dict, bool]:
@@ -104,9 +111,8 @@ class Examples:
         self.folder = Path(folder)
         self._offsets = np.memmap(self.folder / split / "offsets.int64", "<i8", "r")
         self._records = np.memmap(self.folder / split / "records.jsonl", np.uint8, "r")
-        self._fields, self._blobs = manifest.get("blobs", []), None
-        if (path := self.folder / split / "blobs.bin").is_file() and path.stat().st_size:
-            self._blobs = np.memmap(path, np.uint8, "r")
+        self._fields, blobs = manifest.get("blobs", []), self.folder / split / "blobs.bin"
+        self._blobs = np.memmap(blobs, np.uint8, "r") if blobs.is_file() else None
         self._len = entry["examples"]
 
     def __len__(self):
@@ -191,6 +197,7 @@ class _Split:
 
     def __init__(self, folder):
         folder.mkdir()
+        self._folder = folder
         self.count, self.size, self.held = 0, 0, set()
         self._files = [open(folder / name, "wb")
                        for name in ("records.jsonl", "offsets.int64", "digests.uint64", "blobs.bin")]
@@ -218,12 +225,14 @@ class _Split:
         self._files[1].write(np.array([self.size], "<i8").tobytes())
         for file in self._files:
             file.close()
+        if not self._blob_bytes:
+            (self._folder / "blobs.bin").unlink()
 
 
 def _with_pictures(record, fields, source, place):
     """Returns a record with the bytes of its pictures' files. Raises UserError where one cannot be read."""
     for name in fields:
-        value = images_lib.field(Record(record, place), name)
+        value = field(Record(record, place), name)
         if isinstance(value, str):
             try:
                 value = Path(source.name).parent.joinpath(value).read_bytes()

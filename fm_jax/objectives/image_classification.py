@@ -10,6 +10,7 @@ import numpy as np
 
 from fm_jax import images
 from fm_jax.architecture import Architecture
+from fm_jax.data.examples import field, place_of
 from fm_jax.errors import UserError
 from fm_jax.frontends import ImageModel, normalised
 from fm_jax.model import normal, param, zeros
@@ -95,17 +96,17 @@ class ImageClassification:
         for i, record in enumerate(records):
             if record is not None:
                 out["labels"][i] = self._label(record)
-                out["weights"][i] = images.into(out["images"][i], record, self.image_key, self.view,
-                                                draws[i] if train else None)
+                out["weights"][i] = images.into(out["images"][i], field(record, self.image_key), place_of(record),
+                                                self.view, draws[i] if train else None)
         return out
 
     def _label(self, record):
-        label = images.field(record, self.label_key)
+        label = field(record, self.label_key)
         if self.classes and label in self.classes:
             return self.classes.index(label)
         if type(label) is not int or not 0 <= label < self.num_classes:
             names = f", or one of {', '.join(map(str, self.classes))[:200]}" if self.classes else ""
-            raise UserError(f"{images.place_of(record)}: {self.label_key!r} is {label!r:.40}; expected a whole number "
+            raise UserError(f"{place_of(record)}: {self.label_key!r} is {label!r:.40}; expected a whole number "
                             f"below num_classes={self.num_classes}{names}")
         return label
 
@@ -131,7 +132,7 @@ class ImageClassification:
         total = weight.sum()
         correct = logits.argmax(1) == batch["labels"]
         return Loss((((1 - smooth) * nll - smooth * log_p.mean(1)) * weight).sum(), total,
-                    {"nll": ((nll * weight).sum(), total), "accuracy": ((correct * weight).sum(), total)})
+                    {"cross_entropy": ((nll * weight).sum(), total), "accuracy": ((correct * weight).sum(), total)})
 
     # --- predict: images are uint8, or float in [0, 1], of any size --------------------------------------------------
 

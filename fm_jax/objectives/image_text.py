@@ -13,8 +13,9 @@ import numpy as np
 from fm_jax import config as config_lib
 from fm_jax import images
 from fm_jax.architecture import Architecture
+from fm_jax.data.examples import field, place_of
 from fm_jax.errors import UserError, choose
-from fm_jax.frontends import ImageModel, TextModel, normalised, pooled
+from fm_jax.frontends import ImageModel, TextModel, normalised, real, text_vectors
 from fm_jax.model import fan_in, param, zeros
 from fm_jax.objectives import Loss, uniform
 from fm_jax.sharding import Layout
@@ -51,14 +52,15 @@ class Towers(nn.Module):
         self.logit_bias = param(self, "logit_bias", constant(shift)) if self.objective == "sigmoid" else 0.0
 
     def embed_text(self, tokens_BT, length_B, key=None, capture=()):
-        """Returns (vectors of length 1, float32 [B, U], hidden states [B, T, D], taps). length_B: of each text."""
-        a, T = self.text_arch, tokens_BT.shape[1]
-        # What is behind a text: unseen where attention is causal, and meant to be seen where the last place is taken.
-        segments = None
-        if not a.causal and a.pooling != "last":
-            segments = (jnp.arange(T) < length_B[:, None]).astype(jnp.int32)
+        """Returns (vectors of length 1, float32 [B, U], hidden states [B, T, D], taps).
+
+        length_B: of each row so many tokens are seen; the last of them is a text's end, or a place behind it.
+        """
+        a = self.text_arch
+        segments = None if a.causal else real(tokens_BT, length_B)
         hidden, _, taps = self.text(tokens_BT, segment_ids_BT=segments, key=key, capture=capture)
-        return _unit(pooled(a, hidden, length_B), self.text_projection, self.text_bias), hidden, taps
+        vector = text_vectors(hidden, length_B, "mean" if a.pooling == "mean" else "last").astype(hidden.dtype)
+        return _unit(vector, self.text_projection, self.text_bias), hidden, taps
 
     def embed_image(self, images_BHWC, key=None, capture=()):
         """Returns (vectors of length 1, float32 [B, U], hidden states [B, T, D], taps) of normalised images."""
@@ -97,7 +99,7 @@ class ImageText:
     mean, std: of each channel, by which pixels in [0, 1] are normalised.
 
     A text is the tokenizer's beginning token, where other libraries put one, the text's, and the end token, up to
-    `config.seq_len`: of a longer one the beginning, and the end token all the same (`cut_frac` says how many are).
+    `config.seq_len`: of a longer one the beginning, and the end token all the same.
     Records whose image cannot be read count for nothing.
     """
 
@@ -107,8 +109,8 @@ class ImageText:
     def __init__(self, config, tokenizer=None, layout: Layout | None = None, *, loss="softmax", projection_dim=512,
                  projection_bias=False, image_key="image", text_key="text", image_size=224, resize="crop",
                  filter="bicubic", min_crop_area=1.0, flip=False, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
-        self.arch, self.image_arch = Architecture(**config.model.to_dict()), config_lib.encoder(config)
-        text, image = self.arch, self.image_arch
+        self.arch, self.encoder = Architecture(**config.model.to_dict()), config_lib.encoder(config)
+        text, image = self.arch, self.encoder
         self.seq_len = config.seq_len
         if self.seq_len > text.max_seq_len:
             raise UserError(f"config.seq_len={self.seq_len} exceeds model.max_seq_len={text.max_seq_len}")
@@ -132,8 +134,9 @@ class ImageText:
                                                   * text.embed_dim) + patches * image.flops_per_token(patches))
         make = lambda layout: Towers(text, image, loss, projection_dim, projection_bias, layout)
         self.module, self._unplaced = make(layout), make(None)
-        self.predict = {"hidden": self.hidden, "embed_text": self.embed_text, "embed_image": self.embed_image,
-                        "logits": self.logits, "ensemble": self.ensemble}
+        self.dim = projection_dim or image.embed_dim
+        self.predict = {"hidden": self.hidden, "embed": self.embed_text, "embed_image": self.embed_image,
+                        "similarity": self.similarity, "ensemble": self.ensemble}
 
     # --- the contract -------------------------------------------------------------------------------------------
 
@@ -156,28 +159,31 @@ class ImageText:
             if record is None:
                 continue
             texts[-1] = self._text(record, draws[i, 4] if train else 0.0)
-            weights[i] = images.into(pixels[i], record, self.image_key, self.view, draws[i] if train else None)
-        tokens, length = self.encode(texts)
+            weights[i] = images.into(pixels[i], field(record, self.image_key), place_of(record), self.view,
+                                     draws[i] if train else None)
+        tokens, length = np.zeros((n, self.seq_len), np.int32), np.zeros(n, np.int32)
+        for i, ids in enumerate(self.encode(texts)):
+            tokens[i, : len(ids)], length[i] = ids, len(ids)
         return {"tokens": tokens, "length": length, "images": pixels, "weights": weights}
 
-    def encode(self, texts):
-        """Returns tokens, int32 [n, seq_len], and length, int32 [n], of texts, as the text tower takes them."""
+    def encode(self, texts) -> list[np.ndarray]:
+        """Returns the token ids, int32 [n], of which the tower makes the vector of each text.
+
+        Where it takes the last place of `seq_len`, whatever is there, all of them.
+        """
         t = self.tokenizer
-        begin = [t.bos_id] if t.adds_bos else []
-        # The end token is not a pad: SigLIP's towers see what is behind a text, and were trained with that.
-        tokens = np.full((len(texts), self.seq_len), t.eos_id if t.pad_id is None else t.pad_id, np.int32)
-        length = np.zeros(len(texts), np.int32)
-        for i, ids in enumerate(t.encode_batch(texts)):
-            ids = [*begin, *ids][: self.seq_len - 1] + [t.eos_id]
-            tokens[i, : len(ids)], length[i] = ids, len(ids)
-        return tokens, length
+        before, padding = [t.bos_id] * t.adds_bos, [t.eos_id if t.pad_id is None else t.pad_id] * self.seq_len
+        ids = [[*before, *own][: self.seq_len - 1] + [t.eos_id] for own in t.encode_batch(texts)]
+        if self.arch.pooling == "last":
+            ids = [(own + padding)[: self.seq_len] for own in ids]
+        return [np.array(own, np.int32) for own in ids]
 
     def _text(self, record, draw):
-        text = images.field(record, self.text_key)
+        text = field(record, self.text_key)
         if isinstance(text, list) and text:
             text = text[int(draw * len(text))]
         if not isinstance(text, str):
-            raise UserError(f"{images.place_of(record)}: {self.text_key!r} is {text!r:.40}; expected a text or a list "
+            raise UserError(f"{place_of(record)}: {self.text_key!r} is {text!r:.40}; expected a text or a list "
                             "of texts")
         return text
 
@@ -188,7 +194,7 @@ class ImageText:
                 "images": rng.integers(0, 256, (n, size, size, self.view.channels), dtype=np.uint8)}
 
     def init(self, key):
-        size = self.image_arch.patch_size * round(self.image_arch.patch_positions ** 0.5)
+        size = self.encoder.patch_size * round(self.encoder.patch_positions ** 0.5)
         dummy = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32), jnp.zeros((1, size, size, self.view.channels))
         return self._unplaced.init(key, *dummy, method="everything")["params"]
 
@@ -223,8 +229,7 @@ class ImageText:
         total = weight_B.sum()
         hit = lambda axis: (((agree_B >= among(axis).max(axis)) * weight_B).sum(), total)
         return Loss(nll_B.sum(), total, {
-            "image_to_text_accuracy": hit(1), "text_to_image_accuracy": hit(0),
-            "cut_frac": (((batch["length"] == self.seq_len) * weight_B).sum(), total)})
+            "image_to_text_accuracy": hit(1), "text_to_image_accuracy": hit(0)})
 
     def loss(self, params, batch, key=None):
         return self.loss_of(params, self.embed(params, batch, key), batch)
@@ -240,15 +245,15 @@ class ImageText:
         return self._apply(params, tokens_BT, length, method="embed_text", capture=capture)[1:]
 
     def embed_text(self, params, tokens_BT, length_B):
-        """Returns float32 [B, U], vectors of length 1."""
+        """Returns float32 [B, U], vectors of length 1, of the first `length_B` tokens of each row; see `encode`."""
         return self._apply(params, tokens_BT, length_B, method="embed_text")[0]
 
     def embed_image(self, params, images_BHWC):
         """Returns float32 [B, U], vectors of length 1, of images uint8, or float in [0, 1]; of any size."""
         return self._apply(params, normalised(images_BHWC, self.mean, self.std), method="embed_image")[0]
 
-    def logits(self, params, image_BU, text_CU):
-        """Returns float32 [B, C], the similarity of each image to each text, from their vectors."""
+    def similarity(self, params, image_BU, text_CU):
+        """Returns float32 logits [B, C] of each image with each text, from their vectors."""
         return self._apply(params, image_BU, text_CU, method="logits")
 
     def ensemble(self, params, text_CNU):

@@ -1,6 +1,7 @@
 """Prepared folders of separate examples: what is read is what came, what is held out is held out, and what is refused."""
 
 import gzip
+import io
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fm_jax import config as configs
 from fm_jax.data import documents, examples, prepared
@@ -189,6 +191,66 @@ def test_parquet_rows_are_records_and_what_json_cannot_hold_is_named(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table(plain), tmp_path / "x.parquet")
     examples.prepare(documents.open_sources(str(tmp_path / "x.parquet")), tmp_path / "out", validation_frac=0)
     assert all_of(tmp_path / "out", "train") == RECORDS
-    pyarrow.parquet.write_table(pyarrow.table(plain | {"raw": [b"\0"] * 90}), tmp_path / "y.parquet")
-    with pytest.raises(UserError, match="y.parquet, row 1: 'raw' is bytes, which JSON cannot hold"):
+    pyarrow.parquet.write_table(pyarrow.table(plain | {"raw": [[b"\0"]] * 90}), tmp_path / "y.parquet")
+    with pytest.raises(UserError, match="y.parquet, row 1: 'raw' is list, which JSON cannot hold"):
         examples.prepare(documents.open_sources(str(tmp_path / "y.parquet")), tmp_path / "bad")
+
+
+# --- bytes of files ---------------------------------------------------------------------------------------------------
+
+def picture(colour, size=(5, 4), mode="RGB", kind="png"):
+    out = io.BytesIO()
+    Image.new(mode, size, colour).save(out, kind)
+    return out.getvalue()
+
+
+def in_memory(records):
+    """Returns a source of these records, as the catalogue's are."""
+    return [documents.Source("memory", 0, "0" * 64, "", None, lambda: ((f"record {i}", r) for i, r in enumerate(records)))]
+
+
+def test_bytes_of_files_come_back_and_are_checked(tmp_path):
+    """Equal ones are stored once, whatever else they are with; the same folder again, whatever the order; damage is
+    named."""
+    red, blue = picture("red"), picture("blue")
+    records = [{"n": i, "image": (red, blue, b"")[i % 3]} for i in range(30)]
+    manifest, _ = examples.prepare(in_memory(records), tmp_path / "a", validation_frac=0.3)
+    assert manifest["blobs"] == ["image"]
+    for split in prepared.SPLITS:
+        for record in all_of(tmp_path / "a", split):
+            assert record == records[record["n"]]
+        blobs = tmp_path / "a" / split / "blobs.bin"
+        assert blobs.read_bytes() in (red + blue, blue + red)
+        prepared.verify(tmp_path / "a")
+        kept = bytearray(blobs.read_bytes())
+        kept[3] ^= 1
+        blobs.write_bytes(kept)
+        with pytest.raises(UserError, match=f"{split}/blobs.bin"):
+            prepared.verify(tmp_path / "a")
+        kept[3] ^= 1
+        blobs.write_bytes(kept)
+    _, reused = examples.prepare(in_memory(records), tmp_path / "a", validation_frac=0.3)
+    assert reused
+    with pytest.raises(UserError, match="record 1: 'image' is str, and bytes of a file in other records"):
+        examples.prepare(in_memory([{"image": red}, {"image": "x.png"}]), tmp_path / "b")
+
+
+def test_pictures_that_cannot_be_read_are_left_out_and_counted(tmp_path):
+    """Given as bytes, or by their files' paths beside the source; by far too large ones are not even decoded."""
+    (tmp_path / "pictures").mkdir()
+    files = {"good.png": picture("red"), "grey.png": picture(7, mode="L"), "cut.png": picture("red", (50, 50))[:90],
+             "one.png": picture("red", (1, 1)), "none.png": b"", "text.png": b"hello", "wide.png": picture(0, (10000, 3), "L"),
+             "vast.png": picture(0, (10000, 10000), "1")}
+    for name, content in files.items():
+        (tmp_path / "pictures" / name).write_bytes(content)
+    records = [{"image": f"pictures/{name}", "n": i} for i, name in enumerate([*files, "absent.png"])]
+    sources = write(tmp_path / "x.jsonl", records)
+    manifest, _ = examples.prepare(sources, tmp_path / "a", images="image", validation_frac=0)
+    assert [r["n"] for r in all_of(tmp_path / "a", "train")] == [0, 1, 3, 6]
+    assert all(r["image"] == files[records[r["n"]]["image"].split("/")[1]] for r in all_of(tmp_path / "a", "train"))
+    assert manifest["examples_unreadable"] == 5 and "x.jsonl, line 3: image: not an image" in manifest["first_unreadable"]
+    with pytest.raises(UserError, match="none with a picture that can be read; the first: .*vast.*more than 50,000,000|"
+                                        "10000 x 10000 pixels are more than 50,000,000"):
+        examples.prepare(write(tmp_path / "y.jsonl", records[7:8]), tmp_path / "b", images="image")
+    with pytest.raises(UserError, match="unknown 'imag'; did you mean 'image'"):
+        examples.prepare(sources, tmp_path / "c", images="imag")
