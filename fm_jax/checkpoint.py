@@ -53,7 +53,9 @@ from orbax.checkpoint import future as ocp_future
 
 import fm_jax
 from fm_jax import config as config_lib
-from fm_jax import distributed, storage, tree
+from fm_jax import distributed, storage
+from fm_jax import tokenizer as tokenizers
+from fm_jax import tree
 from fm_jax.errors import UserError, choose
 
 FORMAT = 1                # of meta.json
@@ -232,12 +234,22 @@ def base_of(folder) -> dict:
     return _read_run(folder).get("base", {}) if steps(folder) else {}
 
 
-def check_tokenizer(folder, tokenizer) -> None:
-    """Returns nothing. Raises UserError where a run's tokenizer is not the one that its checkpoints were made with."""
-    wanted = _read_run(folder).get("tokenizer")
+def load_tokenizer(folder) -> tokenizers.Tokenizer | None:
+    """Returns a run's tokenizer; None of a run without text.
+
+    Raises:
+      UserError: it cannot be read, or is not the one that the checkpoints were made with.
+    """
+    run = _read_run(folder)
+    if "starts" in run and "tokenizer" not in run:   # described, and not as having one
+        return None
+    with storage.local(folder, "tokenizer") as files:
+        tokenizer = tokenizers.load(files.path / "tokenizer")
+    wanted = run.get("tokenizer")
     if wanted not in (None, tokenizer.fingerprint):
         raise UserError(f"{storage.place(folder) / 'tokenizer'} (sha256 {tokenizer.fingerprint[:12]}) is not the "
                         f"tokenizer of the checkpoints, which by run.json has sha256 {wanted[:12]}: put that one back")
+    return tokenizer
 
 
 def _fingerprints(tokenizer, data):

@@ -110,12 +110,9 @@ def _export(args):
 
 def _opened(workdir):
     """Returns (config, tokenizer) of a run."""
-    from fm_jax import storage
-    from fm_jax import tokenizer as tokenizers
+    from fm_jax import checkpoint
 
-    config, _ = config_lib.load(f"{workdir}/config.json")
-    with storage.local(workdir, "tokenizer") as files:
-        return config, tokenizers.load(files.path / "tokenizer")
+    return config_lib.load(f"{workdir}/config.json")[0], checkpoint.load_tokenizer(workdir)
 
 
 def _to_run(args):

@@ -50,12 +50,13 @@ class View:
 
 
 def pillow():
-    """Returns Pillow's module. Raises UserError where it is not installed."""
+    """Returns Pillow, with what is used of it here. Raises UserError where it is not installed."""
     try:
-        from PIL import Image
+        import PIL.Image
+        import PIL.ImageOps
     except ImportError:
         raise UserError("images need Pillow: pip install 'fm_jax[images]'") from None
-    return Image
+    return PIL
 
 
 def decode(image, place: str = "image"):
@@ -67,9 +68,8 @@ def decode(image, place: str = "image"):
     Raises:
       UserError: not an image, a damaged one, or one of more than MOST_PIXELS.
     """
-    module = pillow()
-    from PIL import ImageOps
-
+    pil, unknown = pillow(), pillow().UnidentifiedImageError
+    module = pil.Image
     try:
         if isinstance(image, (bytes, bytearray, memoryview)):
             with warnings.catch_warnings():
@@ -77,7 +77,7 @@ def decode(image, place: str = "image"):
                 opened = module.open(io.BytesIO(image))
                 if opened.width * opened.height > MOST_PIXELS:
                     raise UserError(f"{opened.width} x {opened.height} pixels are more than {MOST_PIXELS:,}")
-                opened = ImageOps.exif_transpose(opened)
+                opened = pil.ImageOps.exif_transpose(opened)
         else:
             image = np.asarray(image)
             if image.dtype != np.uint8 or image.ndim not in (2, 3) or not image.size or (
@@ -92,6 +92,8 @@ def decode(image, place: str = "image"):
         return opened.convert("L" if opened.mode in ("1", "L") else "RGB")
     except UserError as e:
         raise UserError(f"{place}: {e}") from None
+    except unknown:
+        raise UserError(f"{place}: not an image that can be read, of no format that Pillow knows") from None
     except Exception as e:   # decoders raise what they like on damaged files: OSError, SyntaxError, struct.error, ...
         raise UserError(f"{place}: not an image that can be read ({type(e).__name__}: {e})") from None
 
@@ -101,7 +103,7 @@ def square(image, view: View, draws: np.ndarray | None = None) -> np.ndarray:
 
     draws: 4 numbers in [0, 1), with which it is cropped and flipped as in training; None: as in evaluation.
     """
-    module = pillow()
+    module = pillow().Image
     image = image.convert("RGB" if view.channels == 3 else "L")
     filter_ = {"bicubic": module.Resampling.BICUBIC, "bilinear": module.Resampling.BILINEAR}[view.filter]
     size, (width, height) = view.size, image.size

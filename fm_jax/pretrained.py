@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fm_jax import adapt, checkpoint, config as config_lib, decode, distributed, hf, objectives, quantize, scoring
-from fm_jax import images as images_lib, sharding, storage, tokenizer as tokenizers, tree
+from fm_jax import images as images_lib, sharding, storage, tree
 from fm_jax.data.prepared import document_ends
 from fm_jax.errors import UserError, choose
 from fm_jax.model import merged
@@ -56,9 +56,7 @@ def load(folder, *, step: int | None = None, mesh: dict | None = None, ema: bool
     if filled:
         print(f"{folder / 'config.json'} is of an older version; these keys take today's default: {', '.join(filled)}")
     config.model.attention_kernel = "auto"   # the run's was for the machine that trained it
-    with storage.local(folder, "tokenizer") as files:
-        tokenizer = tokenizers.load(files.path / "tokenizer")
-    checkpoint.check_tokenizer(folder, tokenizer)
+    tokenizer = checkpoint.load_tokenizer(folder)
     objective, model, axes = _abstract(config, tokenizer, mesh)
     layout, here = objective.module.layout, adapt.Adaptation(config, model, axes)
     if base and here.frozen is None:

@@ -113,3 +113,57 @@ def test_a_tower_of_images_alone(name, model_type, there, tmp_path):
     assert read_safetensors(tmp_path / "back" / "model.safetensors") == read_safetensors(folder / "model.safetensors")
     with pytest.raises(UserError, match="num_classes=0"):
         objective.loss(params, objective.random_batch(2, np.random.default_rng(0)))
+
+
+def test_preparing_of_images_that_differs_is_an_error(there):
+    folder = there("clip")
+    read = lambda: hf.read_config(hf.open_folder(folder)).objective_args
+    assert (read().image_size, read().resize, read().filter, read().mean) == (17, "crop", "bicubic", (0.4, 0.5, 0.6))
+    file = "preprocessor_config.json"
+    settings(folder, file, size=17, crop_size=17)   # as older files have it
+    assert (read().image_size, read().resize) == (17, "crop")
+    for changes, message in (({"size": {"shortest_edge": 20}}, "crop_size=17"), ({"resample": 1}, "unknown 'lanczos'"),
+                             ({"resample": 3, "do_rescale": False}, "do_rescale=False"),
+                             ({"do_rescale": True, "size": {"shortest_edge": 17}, "rescale_factor": 1.0}, "rescale_factor"),
+                             ({"rescale_factor": 1 / 255, "resize_mode": 1}, "resize_mode=1")):
+        settings(folder, file, **changes)
+        with pytest.raises(UserError, match=f"{message}"):
+            read()
+    (folder / file).unlink()
+    assert read().image_size == 17 and read().std == pytest.approx((0.26862954, 0.26130258, 0.27577711))
+    settings(folder, vision_config__image_size=3)
+    with pytest.raises(UserError, match="patch_size=5: expected whole numbers"):
+        read()
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "vit"])
+def test_transformers_opens_what_is_exported(name, there, tmp_path):
+    """With the tokenizer's ids; and its logits are those of `Pretrained`, of texts and files of pictures."""
+    torch = pytest.importorskip("torch", reason="transformers computes with PyTorch, which is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    folder, rng = there(name), np.random.default_rng(0)
+    config, objective, params = opened(folder)
+    if name != "vit":   # room for the bytes of a text
+        config.model.vocab_size = 300
+    tokenizer = None if name == "vit" else ByteTokenizer()
+    params = jax.tree.map(np.asarray, params)
+    if name != "vit":
+        params["text"]["embed"]["tokens"] = rng.normal(size=(300, 20)).astype(np.float32)
+    hf.save(tmp_path / "out", config, params, tokenizer)
+    lm = fm_jax.load(tmp_path / "out")
+    model = transformers.AutoModelForImageClassification if name == "vit" else transformers.AutoModel
+    theirs = model.from_pretrained(tmp_path / "out")
+    images = rng.integers(0, 256, (3, 17, 17, 3), dtype=np.uint8)
+    pixels = torch.tensor((images / 255 - [.4, .5, .6]) / [.3, .2, .25]).permute(0, 3, 1, 2).float()
+    with torch.no_grad():
+        if name == "vit":
+            want = theirs(pixels).logits.softmax(-1)
+            got = lm.classify_images(list(images))
+        else:
+            texts = ["a cat", "two"]
+            ids = [lm.objective.encode([t])[0] for t in texts]
+            tokens = np.array([np.pad(i, (0, 11 - len(i)), constant_values=tokenizer.pad_id) for i in ids])
+            want = theirs(input_ids=torch.tensor(tokens).long(), pixel_values=pixels).logits_per_image.softmax(-1)
+            got = lm.classify_images(list(images), texts)
+    np.testing.assert_allclose(got, want.numpy(), atol=2e-4)
+    assert np.ptp(got, axis=0).max() > 0.01

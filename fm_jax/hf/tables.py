@@ -69,6 +69,7 @@ class Family(NamedTuple):
     buffers: str = "(?!)"              # pattern of tensors that are no parameters, or another head's
     copies: dict = {}                  # tensor: the one of the table that it may repeat, to the byte
     objective: str = "fm_jax.objectives.causal_lm.CausalLM"
+    ambiguous_end: int | None = None   # eos_token_id that transformers takes for the highest of a text's tokens
     has_text: bool = True              # False: there is no tokenizer
     files: tuple[str, ...] = ()        # JSON files beside config.json that hold settings
     # What the tables cannot say: of the settings by key and the place, more fields; and of the Model, their keys back.

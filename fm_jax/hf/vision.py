@@ -255,7 +255,7 @@ FAMILIES = {
          *_of_patches("encoder", "vision_config", 32), ("projection_dim", "objective_args.projection_dim", 512)),
         harmless=(*_HARMLESS, *_IN_TOWERS, "initializer_factor", "logit_scale_init_value", "text_config_dict",
                   "vision_config_dict"),
-        objective=_PAIRS, sizes=_letters("encoder"), buffers=_POSITIONS,
+        objective=_PAIRS, sizes=_letters("encoder"), buffers=_POSITIONS, ambiguous_end=2,
         **_images("encoder", "vision_config", 32, **_CLIP)),
     "siglip": Family(
         "SiglipModel", "text_model.",

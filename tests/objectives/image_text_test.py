@@ -99,6 +99,7 @@ def test_the_loss_is_that_of_numpy(kind):
     """And the scale of a softmax is 100 at most. Padding is in no pair."""
     _, objective, _ = make(kind)
     p, data = params(objective), batch()
+    assert tree.count(p["image"]) == objective.encoder.param_count()
     p["logit_scale"] = np.float32(1.2)
     image, text = naive_vectors(objective, p, data)
     got = objective.embed(p, data)
