@@ -37,9 +37,10 @@ def get_config(size: str = "demo"):
     c.seq_len = SIZES[size]["max_seq_len"]
     if size in ("tiny", "demo"):
         c.objective_args.update(num_classes=10, image_size=28, mean=(0.13,), std=(0.31,))
-        c.steps, c.batch_size, c.log.every = (20, 32, 5) if size == "tiny" else ("20 epochs", 64, 10)
+        c.steps, c.batch_size, c.log.every = (20, 32, 5) if size == "tiny" else ("12 epochs", 64, 10)
         c.optimizer.learning_rate = 1e-3
     if size == "demo":
+        c.optimizer.name, c.optimizer.learning_rate = "muon", 3e-3
         c.objective_args.update(label_smoothing=0.1, min_crop_area=0.7)
         c.eval.every = c.checkpoint.every = "25%"
     if size not in ("tiny", "demo"):

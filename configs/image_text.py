@@ -23,9 +23,9 @@ _SMALL = dict(position="learned", norm="layernorm", gated_mlp=False, activation=
 SIZES = {
     "tiny": (dict(_SMALL, vocab_size=1024, num_layers=1, embed_dim=32, num_heads=2, max_seq_len=16),
              dict(max_seq_len=16, patch_size=4, pooling="mean"), dict(image_size=16, projection_dim=16)),
-    "demo": (dict(_SMALL, vocab_size=1024, num_layers=2, embed_dim=128, num_heads=4, max_seq_len=32),
-             dict(num_layers=4, max_seq_len=64, patch_size=4, pooling="mean"),
-             dict(image_size=32, projection_dim=64, min_crop_area=0.6, flip=True)),
+    "demo": (dict(_SMALL, vocab_size=1024, num_layers=2, embed_dim=128, num_heads=4, max_seq_len=24),
+             dict(num_layers=4, max_seq_len=36, patch_size=8, pooling="mean"),
+             dict(image_size=48, projection_dim=64, min_crop_area=0.6, flip=True)),
     "base": (dict(_CLIP, embed_dim=512, num_heads=8),
              dict(_CLASS_TOKEN, embed_dim=768, num_heads=12, max_seq_len=197, patch_size=16),
              dict(_CLIP_PIXELS, image_size=224, projection_dim=512)),
@@ -55,9 +55,9 @@ def get_config(size: str = "demo"):
     if size == "tiny":
         c.steps, c.batch_size, c.log.every = 20, 16, 5
     elif size == "demo":
-        c.steps, c.batch_size = "40 epochs", 128
+        c.steps, c.batch_size = "30 epochs", 128
         c.eval.every = c.checkpoint.every = "25%"
-        c.optimizer.learning_rate, c.optimizer.weight_decay = 1e-3, 0.2
+        c.optimizer.name, c.optimizer.learning_rate = "muon", 3e-3
     else:
         c.steps, c.batch_size = "12.8e9 examples", 32768
         c.optimizer.learning_rate, c.optimizer.b2, c.optimizer.weight_decay = 5e-4, 0.98, 0.2
