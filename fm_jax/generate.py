@@ -72,7 +72,8 @@ def _generate(args):
     made = lm.generate(prompts, max_new_tokens=args.max_new_tokens, n=args.n, seed=args.seed,
                        stop=[text.replace("\\n", "\n") for text in args.stop], **sampling)
     for i, text in enumerate(made):
-        before = "" if args.chat else texts[i // args.n]   # an answer stands alone, a continuation does not
+        alone = args.chat or "encode" in lm.objective.predict   # an answer; a continuation is behind its prompt
+        before = "" if alone else texts[i // args.n]
         print(("" if i == 0 else "---\n") + before + text)
 
 

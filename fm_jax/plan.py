@@ -211,6 +211,9 @@ def _main_on_topology(args, named):
     if args.compiled_step is not None and (args.search or args.analytic):
         raise UserError(f"--compiled_step={args.compiled_step}: is of one layout that is compiled, so without "
                         f"--{'search' if args.search else 'analytic'}")
+    if args.config.model.cross_attention:
+        raise UserError("--topology: the analytic model is of one stack, and model.cross_attention has an encoder beside "
+                        "it; plan its memory with --devices")
     topology = topology_lib.parse(args.topology, args.slices)
     config, price = args.config, args.price_per_chip_hour
     if topology.slices > 1 and config.mesh.slice == 1:

@@ -135,8 +135,7 @@ def load(config, tokenizer=None, layout: Layout | None = None) -> Objective:
                             f"{known[name]!r}")
     objective = cls(config, tokenizer, layout, **config.objective_args)
     if config.encoder and not hasattr(objective, "encoder"):
-        raise UserError(f"config.encoder is set ({', '.join(config.encoder)}), and {config.objective} has one stack, "
-                        "config.model: leave it out")
+        raise UserError(f"config.encoder is set, and {config.objective} has one stack, config.model: leave it out")
     return objective
 
 
