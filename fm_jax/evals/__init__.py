@@ -11,5 +11,7 @@
   metrics.py     what answers are worth, with standard errors
   execute.py     generated programs, run where they can do no harm
   results.py     tables, and two models beside each other
-  baselines.py   gzip, xz and an n-gram model on the same held-out bytes
+  probes.py      frozen features: a linear probe, nearest neighbours
+  retrieval.py   search by vectors, and what ranked lists are worth
+  baselines.py   gzip, xz and an n-gram model on the same held-out bytes; BM25; a dictionary of entities
 """

@@ -1,8 +1,14 @@
-"""What needs no neural network: compressors and an n-gram model, in bits per byte of held-out text. Layer 4."""
+"""What needs no neural network. Layer 4.
 
+Compressors and an n-gram model, in bits per byte of held-out text; BM25, which finds texts by their words; a dictionary
+of the entities that were seen.
+"""
+
+import collections
 import gzip
 import lzma
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -69,3 +75,78 @@ def _look_up(keys, values, wanted):
     at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     there = keys[at] == wanted
     return np.where(there, values[at], 0).astype(np.float64), there
+
+
+class BM25:
+    """Texts by the words of a query: sum over its words of idf * tf (k1 + 1) / (tf + k1 (1 - b + b length / mean length)).
+
+    idf = ln(1 + (N - n + 1/2) / (n + 1/2)) of N texts, n of which have the word. Words are lower case, of letters, digits
+    and underscores.
+    Source: Robertson and Zaragoza 2009, "The probabilistic relevance framework", equation 3.15, with the idf of Lucene,
+    which is never negative.
+    """
+
+    def __init__(self, texts: Iterable[str], *, k1: float = 1.5, b: float = 0.75):
+        counts = [collections.Counter(_words(text)) for text in texts]
+        self._size, lengths = len(counts), np.array([sum(c.values()) for c in counts], np.float64)
+        found = collections.defaultdict(list)
+        for document, words in enumerate(counts):
+            for word, tf in words.items():
+                found[word].append((document, tf))
+        part = k1 * (1 - b + b * lengths / max(lengths.mean(), 1e-9))
+        self._found = {}    # word: (its texts, what it adds to the score of each)
+        for word, pairs in found.items():
+            documents, tf = np.array(pairs).T
+            idf = np.log(1 + (self._size - len(pairs) + 0.5) / (len(pairs) + 0.5))
+            self._found[word] = documents, idf * tf * (k1 + 1) / (tf + part[documents])
+
+    def scores(self, query: str) -> np.ndarray:
+        """Returns float64 [N], the score of each text."""
+        out = np.zeros(self._size)
+        for word in _words(query):
+            if word in self._found:
+                documents, values = self._found[word]
+                out[documents] += values
+        return out
+
+
+def _words(text):
+    return re.findall(r"\w+", text.lower())
+
+
+class Dictionary:
+    """Entities by looking them up: the longest runs of words that were one in half of the places or more where they were seen.
+
+    Case does not count. Tags are O, B-type and I-type.
+    """
+
+    def __init__(self, texts: Sequence[Sequence[str]], tags: Sequence[Sequence[str]]):
+        entities, seen = collections.defaultdict(collections.Counter), collections.Counter()
+        for words, own in zip(texts, tags):
+            words, i = [w.lower() for w in words], 0
+            while i < len(own):
+                j = i + 1
+                while own[i] != "O" and j < len(own) and own[j] == f"I-{own[i][2:]}":
+                    j += 1
+                if own[i] != "O":
+                    entities[tuple(words[i:j])][own[i][2:]] += 1
+                i = j
+        self._longest = max(map(len, entities), default=0)
+        for words in texts:
+            for run, _, _ in self._runs(words):
+                seen[run] += run in entities
+        self._kind = {run: kinds.most_common(1)[0][0] for run, kinds in entities.items()
+                      if 2 * kinds.most_common(1)[0][1] >= seen[run]}
+
+    def tag(self, words: Sequence[str]) -> list[str]:
+        """Returns the tag of each word."""
+        tags = ["O"] * len(words)
+        for run, i, j in sorted(self._runs(words), key=lambda run: (run[1] - run[2], run[1])):   # the longest first
+            if run in self._kind and all(tag == "O" for tag in tags[i:j]):
+                tags[i:j] = [f"B-{self._kind[run]}"] + [f"I-{self._kind[run]}"] * (j - i - 1)
+        return tags
+
+    def _runs(self, words):
+        """Returns (lower-case words, first, one behind the last) of every run that could be an entity."""
+        low = [word.lower() for word in words]
+        return [(tuple(low[i:j]), i, j) for i in range(len(low)) for j in range(i + 1, min(i + self._longest, len(low)) + 1)]

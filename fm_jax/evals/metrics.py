@@ -74,6 +74,24 @@ def matthews(items: Sequence[tuple[int, int]]) -> float:
     return float(_matthews((golds, predicted), np.arange(len(golds))[None])[0])
 
 
+def pearson(golds: Sequence[float], predicted: Sequence[float]) -> float:
+    """Returns the correlation of two series; 0 where one is constant, of which scipy says nan."""
+    return _correlation("pearsonr", golds, predicted)
+
+
+def spearman(golds: Sequence[float], predicted: Sequence[float]) -> float:
+    """Returns the correlation of the ranks of two series, the mean rank of those that are equal; 0 as `pearson`."""
+    return _correlation("spearmanr", golds, predicted)
+
+
+def _correlation(which, golds, predicted):
+    from scipy import stats   # 0.5 s
+    if len(golds) != len(predicted) or len(golds) < 2:
+        raise UserError(f"a correlation of {len(golds)} values with {len(predicted)}: two or more, as many of each")
+    constant = min(np.ptp(golds), np.ptp(predicted)) == 0
+    return 0.0 if constant else float(getattr(stats, which)(golds, predicted).statistic)
+
+
 def brier(items: Sequence[tuple[int, np.ndarray]]) -> float:
     """Returns the mean over (gold, probabilities) of the squared distance to the gold's one-hot. Source: Brier 1950.
 
