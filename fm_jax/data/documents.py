@@ -1,6 +1,6 @@
 """Documents from JSONL, Parquet and plain-text files, and from the catalogue, as one stream of strings or records.
 
-Every fault of an input is one `UserError` that names file and line.
+Every fault of an input is one `UserError` that names file and line. A chat is the string that `chat_text` makes of it.
 
 Try:  python -c "from fm_jax.data import documents; print(next(documents.open_sources('README.md').texts()))"
 """
@@ -17,8 +17,9 @@ import zlib
 from collections.abc import Callable, Iterator
 
 from fm_jax.data import catalogue
-from fm_jax.errors import UserError
+from fm_jax.errors import UserError, choose
 
+ROLES = ("system", "user", "assistant")
 _CHUNK_BYTES = 1 << 20
 
 
@@ -41,7 +42,7 @@ class Source:
     records: Callable[[], Iterator[tuple[str, dict]]]
 
 
-def open_sources(spec: str, *, text_key: str = "text", separator: str = "",
+def open_sources(spec: str, *, text_key: str = "text", separator: str = "", chat: bool = False,
                  cache: str = catalogue.DEFAULT_CACHE) -> list[Source]:
     """Returns the sources that a comma-separated list of globs and `catalogue:NAME`s stands for.
 
@@ -50,6 +51,7 @@ def open_sources(spec: str, *, text_key: str = "text", separator: str = "",
     Args:
       text_key: the field of JSONL objects or column of Parquet that holds the text.
       separator: plain text is cut into documents here; "": a file is one document.
+      chat: documents are chats: the field or column holds their messages.
       cache: folder of downloaded catalogue data.
 
     Raises:
@@ -61,15 +63,18 @@ def open_sources(spec: str, *, text_key: str = "text", separator: str = "",
         if item.startswith("catalogue:"):
             entry = catalogue.find(item.removeprefix("catalogue:"))
             archive = catalogue.fetch(entry, cache)
+            texts = functools.partial(_catalogue_chats, entry) if chat else entry.texts
             sources[item] = Source(item, archive.size_bytes, archive.sha256, entry.licence,
-                                   functools.partial(entry.texts, archive),
+                                   functools.partial(texts, archive),
                                    functools.partial(_catalogue_records, item, entry, archive))
             continue
         for path in _matches(item):
             texts, records = _readers(path)
+            if chat and texts is _plain:
+                raise UserError(f"--source: {path!r} is plain text, which has no chats; give them as JSONL or Parquet")
             try:
                 sources[path] = Source(path, os.path.getsize(path), _file_sha256(path), "",
-                                       functools.partial(texts, path, text_key, separator),
+                                       functools.partial(texts, path, text_key, separator, chat_text if chat else _checked),
                                        functools.partial(records, path))
             except OSError as error:
                 raise UserError(f"{path}: cannot be read ({error.strerror})") from error
@@ -109,12 +114,17 @@ def _readers(path):
     raise UserError(f"--source: {path!r} is of no known kind (.jsonl, .txt, .md, each also with .gz or .zst; .parquet)")
 
 
-def _jsonl(path, text_key, separator):
+def _catalogue_chats(entry, archive):
+    for key, messages in entry.chats(archive):
+        yield chat_text(messages, "messages", f"catalogue:{entry.name}, {key}")
+
+
+def _jsonl(path, text_key, separator, checked):
     for place, record in _jsonl_records(path):
         if text_key not in record:
             raise UserError(f"{place}: no key {text_key!r} (keys here: {', '.join(map(str, record)) or 'none'}); set "
                             "--text_key")
-        yield _checked(record[text_key], text_key, place)
+        yield checked(record[text_key], text_key, place)
 
 
 def _jsonl_records(path):
@@ -146,16 +156,16 @@ def _catalogue_records(name, entry, archive):
         yield f"{name}, record {number}", record
 
 
-def _plain(path, text_key, separator):
+def _plain(path, text_key, separator, checked):
     number = 1
     for offset, document in _split(path, separator.encode()):
         yield _utf8(path, document, offset, number)
         number += document.count(b"\n") + separator.count("\n")
 
 
-def _parquet(path, text_key, separator):
+def _parquet(path, text_key, separator, checked):
     for place, record in _parquet_records(path, text_key):
-        yield _checked(record[text_key], text_key, place)
+        yield checked(record[text_key], text_key, place)
 
 
 def _parquet_records(path, column=None):
@@ -190,6 +200,26 @@ def _checked(value, text_key, place):
         raise UserError(f"{place}: {text_key!r} has the lone surrogate U+{ord(value[error.start]):04X} at character "
                         f"{error.start}, which is no Unicode text") from error
     return value
+
+
+def chat_text(messages, key: str, place: str) -> str:
+    """Returns a chat as JSON, a list of {"role", "content"}: equal chats give equal text, whatever else they have.
+
+    Raises:
+      UserError: no messages, a message without a role of `ROLES` or without content, or no turn of the assistant;
+        `place` and `key` say where.
+    """
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise UserError(f'{place}: {key!r} is no chat, a list of {{"role": ..., "content": ...}}; set --text_key')
+    for number, message in enumerate(messages, 1):
+        where = f"{place}, message {number}"
+        choose(message.get("role"), ROLES, f"{where}: role")
+        if not _checked(message.get("content"), "content", where).strip():
+            raise UserError(f"{where}, of the {message['role']}: its content is empty; leave the message out")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise UserError(f"{place}: a chat of {len(messages)} messages without one of the assistant, from which nothing "
+                        "could be learnt; leave it out")
+    return json.dumps([{"role": m["role"], "content": m["content"]} for m in messages], ensure_ascii=False)
 
 
 def _utf8(path, data, offset, number):

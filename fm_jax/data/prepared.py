@@ -4,6 +4,7 @@
     tokenizer/               the tokenizer that made the tokens
     train/ validation/
       00000.tokens ...       token ids, little-endian uint16 (uint32 where the vocabulary is larger)
+      00000.loss_mask ...    of chats: a byte for each token, 1 where the assistant says it
       starts.int64           position of each document's first token in the split, and the split's length
       digests.uint64         hash of each document's text, ascending
     validation/text.jsonl.gz the held-out documents as text, for compressors and other baselines
@@ -12,6 +13,9 @@ Each document is BOS, its tokens, EOS. With both ends inside the document's own 
 the text is predicted from something that the model has seen, and so is the end, so that the loss
 summed over a split (all targets but the BOSs) over its text's bytes is exactly bits per byte. A
 tokenizer with only one of the two tokens uses it at both ends.
+
+A chat is a document that `Tokenizer.chat_tokens` makes: nothing is added at its ends, and the loss is
+of what the assistant says. Its text is what its tokens say.
 
 Documents lie in the order of a hash of their text: pseudo-random, so that neighbours are
 unrelated; the same whatever the order of the sources; and the held-out ones are the first
@@ -47,7 +51,7 @@ from fm_jax import tokenizer as tokenizers
 from fm_jax.data.documents import Source
 from fm_jax.errors import UserError, choose
 
-FORMAT = 2
+FORMAT, CHAT_FORMAT = 2, 3     # of text; with loss masks, which an older version would not heed
 SPLITS = ("train", "validation")
 KINDS = {"packed": "packed text", "examples": "separate examples"}
 _BUCKETS = 128          # spool files: a corpus of 100 GB sorts in 0.8 GB of memory; open files stay below 256
@@ -58,7 +62,7 @@ _RECORD = struct.Struct("<16sQ")    # spool record: digest, bytes of text that f
 
 
 def prepare(sources: list[Source], tokenizer: str, output, *, text_key: str = "text", separator: str = "",
-            validation_frac: float = 0.02, shard_tokens: int = 100_000_000, licence: str = "", workers: int = 1,
+            chat: bool = False, chat_template: str | None = None, validation_frac: float = 0.02, shard_tokens: int = 100_000_000, licence: str = "", workers: int = 1,
             progress: Callable[[str, int], None] = lambda stage, documents: None) -> tuple[dict, bool]:
     """Returns the manifest of `output` and whether it was already there, made from the same sources.
 
@@ -68,7 +72,8 @@ def prepare(sources: list[Source], tokenizer: str, output, *, text_key: str = "t
     Args:
       tokenizer: path for `tokenizer.load`, "bytes", or "sentencepiece:VOCAB_SIZE", which trains one
         on the train split.
-      text_key, separator: how `sources` were opened; part of the fingerprint.
+      text_key, separator, chat: how `sources` were opened; part of the fingerprint.
+      chat_template: takes the place of the tokenizer's own.
       shard_tokens: a shard is closed before it would exceed this; a document is never divided.
       progress: called with a stage ("reading", "tokenizing") and the documents done since the last call.
 
@@ -79,23 +84,34 @@ def prepare(sources: list[Source], tokenizer: str, output, *, text_key: str = "t
     if shard_tokens < 1 or workers < 1:
         raise UserError(f"--shard_tokens={shard_tokens} and --workers={workers} must be positive")
     vocab_size, trained = trained_vocab(tokenizer)
+    given = None if trained else tokenizers.load(tokenizer)
+    if chat:
+        chat_template = chat_template or (given and given.chat_template)
+        if chat_template is None:
+            raise UserError(f"--chat: the tokenizer {tokenizer} has no chat template; give one, --chat_template=FILE, "
+                            "or --chat_template=plain")
     request = {
-        "format": FORMAT,
+        "format": CHAT_FORMAT if chat else FORMAT,
         "sources": sorted([os.path.basename(s.name), s.size_bytes, s.sha256] for s in sources),
         "text_key": text_key, "separator": separator,
-        "tokenizer": trained or tokenizers.load(tokenizer).fingerprint,
+        "tokenizer": trained or given.fingerprint,
         "validation_frac": validation_frac, "shard_tokens": shard_tokens,
-    }
+    } | ({"chat_template": hashlib.sha256(chat_template.encode()).hexdigest()} if chat else {})
 
     def write(partial):
         spool = _Spool(partial / "spool", sources, validation_frac, progress)
         if vocab_size:
             texts = (data.decode() for _, data in spool.documents("train"))
-            tokenizers.train_sentencepiece(texts, vocab_size, partial / "tokenizer")
+            said = ("\n".join(m["content"] for m in json.loads(text)) for text in texts) if chat else texts
+            made = tokenizers.train_sentencepiece(said, vocab_size, partial / "tokenizer")
         else:
-            tokenizers.load(tokenizer).save(partial / "tokenizer")
+            made = given
+        if chat:
+            made.chat_template = chat_template
+        made.save(partial / "tokenizer")
         made = tokenizers.load(partial / "tokenizer")
-        splits = {split: _write_split(partial, split, spool, made, shard_tokens, workers, progress) for split in SPLITS}
+        splits = {split: _write_split(partial, split, spool, made, chat, shard_tokens, workers, progress)
+                  for split in SPLITS}
         shutil.rmtree(partial / "spool")
         return {
             "tokenizer": {"fingerprint": made.fingerprint, "vocab_size": made.vocab_size},
@@ -125,7 +141,7 @@ def make_folder(output, kind: str, request: dict, sources: list[Source], licence
         _remove_leftovers(partial)
         partial.mkdir(parents=True)
         manifest = {
-            "format": FORMAT, "kind": kind, "fingerprint": hashlib.sha256(json.dumps(request).encode()).hexdigest(),
+            "format": request["format"], "kind": kind, "fingerprint": hashlib.sha256(json.dumps(request).encode()).hexdigest(),
             "request": request,
             "licence": licence or ", ".join(sorted({s.licence for s in sources if s.licence})) or "unknown",
             "sources": [{"name": s.name, "size_bytes": s.size_bytes, "sha256": s.sha256, "licence": s.licence}
@@ -172,9 +188,9 @@ def read_manifest(folder, kind: str | None = None) -> dict:
         manifest = json.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): prepare the folder again") from error
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{folder}: prepared in format {manifest.get('format')}, this version reads {FORMAT}: "
-                        f"prepare it again")
+    if manifest.get("format") not in (FORMAT, CHAT_FORMAT):
+        raise UserError(f"{folder}: prepared in format {manifest.get('format')}, this version reads {FORMAT} and "
+                        f"{CHAT_FORMAT}: prepare it again")
     manifest.setdefault("kind", "packed")   # folders made before there were others
     if kind not in (None, manifest["kind"]):
         raise UserError(f"{folder} holds {KINDS[manifest['kind']]}, and what reads it takes {KINDS[kind]}: prepare it "
@@ -259,12 +275,18 @@ class Rows:
     Rows overlap by one token, so that inputs [:, :-1] and targets [:, 1:] meet every token once as a
     target. The last row is padded, in every split.
 
+    Of chats, a row has as many neighbours whole as fit into T + 1 tokens, and is padded. One that is longer has a row
+    of its own, and ends with it: `cut`.
+
     Attributes:
       seq_len, tokens: int.
+      masked: whether there are loss masks: of chats.
+      cut: chats longer than a row.
       tokenizer_fingerprint: from the manifest.
     """
 
-    def __init__(self, folder, split: str, seq_len: int):
+    def __init__(self, folder, split: str, seq_len: int, loss_mask: bool = False):
+        """`loss_mask`: records have one, also those of text."""
         manifest, entry = open_split(folder, split, "packed")
         self.folder = Path(folder)
         self.seq_len, self.tokens = seq_len, entry["tokens"]
@@ -272,41 +294,55 @@ class Rows:
         self._shards = [np.memmap(self.folder / s["file"], manifest["token_dtype"], "r") for s in entry["shards"]]
         self._bounds = np.cumsum([0] + [s["tokens"] for s in entry["shards"]])
         self._starts = np.memmap(self.folder / split / "starts.int64", "<i8", "r")
+        self.masked, self.cut = "loss_mask" in entry["shards"][0], 0
+        self._gives_mask, self._masks = self.masked or loss_mask, None
+        if self.masked:
+            self._masks = [np.memmap(self.folder / s["loss_mask"], np.uint8, "r") for s in entry["shards"]]
+            starts = np.array(self._starts)
+            self._first = starts[_whole(starts, seq_len + 1)]
+            self.cut = int((np.diff(starts) > seq_len + 1).sum())
 
     def __len__(self):
-        return -(-(self.tokens - 1) // self.seq_len)
+        return len(self._first) - 1 if self.masked else -(-(self.tokens - 1) // self.seq_len)
 
     def __getitem__(self, rows) -> dict[str, np.ndarray]:
-        """Returns {"tokens", "segment_ids"}, int32 [n, T+1], of an array of row numbers [n].
+        """Returns {"tokens", "segment_ids"}, int32 [n, T+1], of an array of row numbers [n]; "loss_mask", uint8.
 
         Segments count the documents of a row from 1; padding is segment 0 and token 0.
         """
-        start = np.asarray(rows, np.int64) * self.seq_len
-        ends = np.minimum(start + self.seq_len, self.tokens - 1)
-        shards = np.unique(np.searchsorted(self._bounds, [start, ends], "right") - 1)
-        check_mapped([self._starts, *(self._shards[shard] for shard in shards)])
-        return {"tokens": self._read(start), "segment_ids": self._segments(start)}
+        rows = np.asarray(rows, np.int64)
+        start, end = (self._first[rows], self._first[rows + 1]) if self.masked else (rows * self.seq_len, self.tokens)
+        end = np.minimum(start + self.seq_len + 1, end)
+        shards = np.unique(np.searchsorted(self._bounds, [start, end - 1], "right") - 1)
+        files = (self._shards, self._masks) if self.masked else (self._shards,)
+        check_mapped([self._starts, *(file[shard] for shard in shards for file in files)])
+        found = {"tokens": self._read(self._shards, start, end), "segment_ids": self._segments(start, end)}
+        if self._gives_mask:
+            found["loss_mask"] = self._read(self._masks, start, end) if self.masked else np.ones(
+                found["tokens"].shape, np.uint8)
+        return found
 
-    def _read(self, start):
-        out = np.zeros((len(start), self.seq_len + 1), np.int32)
+    def _read(self, shards, start, end):
+        out = np.zeros((len(start), self.seq_len + 1), np.uint8 if shards is self._masks else np.int32)
         first = np.searchsorted(self._bounds, start, "right") - 1
         inside = start + self.seq_len < self._bounds[first + 1]
         for shard in np.unique(first[inside]):
             rows = np.flatnonzero(inside & (first == shard))
-            windows = np.lib.stride_tricks.sliding_window_view(self._shards[shard], self.seq_len + 1)
+            windows = np.lib.stride_tricks.sliding_window_view(shards[shard], self.seq_len + 1)
             out[rows] = windows[start[rows] - self._bounds[shard]]
+        for row in np.flatnonzero(inside & (end - start <= self.seq_len)):
+            out[row, end[row] - start[row]:] = 0
         for row in np.flatnonzero(~inside):     # the few that cross into another shard, or end the split
-            at, end = start[row], min(start[row] + self.seq_len + 1, self.tokens)
-            while at < end:
+            at = start[row]
+            while at < end[row]:
                 shard = np.searchsorted(self._bounds, at, "right") - 1
-                to = min(end, self._bounds[shard + 1])
+                to = min(end[row], self._bounds[shard + 1])
                 out[row, at - start[row]:to - start[row]] = \
-                    self._shards[shard][at - self._bounds[shard]:to - self._bounds[shard]]
+                    shards[shard][at - self._bounds[shard]:to - self._bounds[shard]]
                 at = to
         return out
 
-    def _segments(self, start):
-        end = np.minimum(start + self.seq_len + 1, self.tokens)
+    def _segments(self, start, end):
         # Documents lo to hi start inside a row, behind its first token.
         lo, hi = np.searchsorted(self._starts, start, "right"), np.searchsorted(self._starts, end, "left")
         count = hi - lo
@@ -319,6 +355,15 @@ class Rows:
         for short in np.flatnonzero(end - start <= self.seq_len):
             segment[short, end[short] - start[short]:] = 0
         return segment
+
+
+def _whole(starts, room):
+    """Returns int64 [rows + 1], the first document of each row: as many neighbours as fit whole, and at least one."""
+    first = [0]
+    while first[-1] < len(starts) - 1:
+        fits = np.searchsorted(starts, starts[first[-1]] + room, "right") - 1
+        first.append(max(int(fits), first[-1] + 1))
+    return np.array(first)
 
 
 class _Spool:
@@ -388,10 +433,10 @@ class _Spool:
             at += length
 
 
-def _write_split(folder, split, spool, tokenizer, shard_tokens, workers, progress):
+def _write_split(folder, split, spool, tokenizer, chat, shard_tokens, workers, progress):
     """Returns the split's part of the manifest, having written its files."""
     (folder / split).mkdir()
-    shards, position = _Shards(folder, split, shard_tokens), 0
+    shards, position = _Shards(folder, split, shard_tokens, chat), 0
     with contextlib.ExitStack() as stack:
         stack.callback(shards.close)
         create = lambda name: stack.enter_context(open(folder / split / name, "wb"))
@@ -399,18 +444,23 @@ def _write_split(folder, split, spool, tokenizer, shard_tokens, workers, progres
         # No name and no time in the gzip header: the same documents give the same file.
         raw = split == "validation" and stack.enter_context(
             gzip.GzipFile("", "wb", 6, create("text.jsonl.gz"), mtime=0))
-        for texts, tokens, lengths in _tokenized(spool.documents(split), folder / "tokenizer", tokenizer, workers):
-            starts.write((position + np.cumsum(lengths) - lengths).astype("<i8").tobytes())
+        for texts, tokens, lengths, said in _tokenized(spool.documents(split), folder / "tokenizer", tokenizer, chat,
+                                                       workers):
+            begins = np.cumsum(lengths) - lengths
+            starts.write((position + begins).astype("<i8").tobytes())
             digests.write(np.array([int.from_bytes(digest_of(t)[:8], "big") for t in texts], "<u8").tobytes())
-            shards.add(tokens, lengths, np.array([len(t) for t in texts], np.int64))
+            if chat:
+                texts = [tokenizer.decode(tokens[b : b + n]).encode() for b, n in zip(begins, lengths)]
+            shards.add(tokens, lengths, np.array([len(t) for t in texts], np.int64), said)
             position += len(tokens)
             if raw:
                 for text in texts:
                     raw.write(json.dumps({"text": text.decode()}, ensure_ascii=False).encode() + b"\n")
             progress("tokenizing", len(texts))
         starts.write(np.array([position], "<i8").tobytes())
-    return {"documents": sum(s["documents"] for s in shards.entries), "tokens": position,
-            "bytes": sum(s["bytes"] for s in shards.entries), "shards": shards.entries}
+    total = lambda what: sum(s[what] for s in shards.entries)
+    return {"documents": total("documents"), "tokens": position, "bytes": total("bytes"),
+            **({"loss_tokens": total("loss_tokens")} if chat else {}), "shards": shards.entries}
 
 
 def held_out(text: str, validation_frac: float) -> bool:
@@ -426,42 +476,47 @@ def digest_of(data: bytes) -> bytes:
 class _Shards:
     """Writes documents to numbered shard files of at most `limit` tokens, or of one longer document."""
 
-    def __init__(self, folder, split, limit):
-        self._folder, self._split, self._limit, self._file = folder, split, limit, None
+    def __init__(self, folder, split, limit, masked):
+        self._folder, self._split, self._limit, self._masked, self._files = folder, split, limit, masked, ()
         self.entries = []
 
-    def add(self, tokens, lengths, nbytes):
-        """Appends documents: their tokens concatenated, and int64 [n] tokens and bytes of each."""
+    def add(self, tokens, lengths, nbytes, mask=None):
+        """Appends documents: their tokens concatenated, int64 [n] tokens and bytes of each; a loss mask of tokens."""
         ends, done = np.cumsum(lengths), 0
         while done < len(lengths):
-            if not self._file or self.entries[-1]["tokens"] + lengths[done] > self._limit:
+            if not self._files or self.entries[-1]["tokens"] + lengths[done] > self._limit:
                 self.close()
-                self.entries.append({"file": f"{self._split}/{len(self.entries):05d}.tokens", "documents": 0,
-                                     "tokens": 0, "bytes": 0})
-                self._file = open(self._folder / self.entries[-1]["file"], "wb")
+                name = f"{self._split}/{len(self.entries):05d}"
+                entry = {"file": f"{name}.tokens", "documents": 0, "tokens": 0, "bytes": 0}
+                entry |= {"loss_mask": f"{name}.loss_mask", "loss_tokens": 0} if self._masked else {}
+                self.entries.append(entry)
+                self._files = [open(self._folder / entry[k], "wb") for k in ("file", "loss_mask") if k in entry]
             entry, before = self.entries[-1], ends[done] - lengths[done]
             to = max(np.searchsorted(ends, before + self._limit - entry["tokens"], "right"), done + 1)
-            self._file.write(tokens[before:ends[to - 1]].tobytes())
+            for file, values in zip(self._files, (tokens, mask)):
+                file.write(values[before:ends[to - 1]].tobytes())
+            if self._masked:
+                entry["loss_tokens"] += int(mask[before:ends[to - 1]].sum())
             entry["documents"] += int(to - done)
             entry["tokens"] += int(ends[to - 1] - before)
             entry["bytes"] += int(nbytes[done:to].sum())
             done = to
 
     def close(self):
-        if self._file:
-            self._file.close()
+        for file in self._files:
+            file.close()
 
 
-def _tokenized(documents, folder, tokenizer, workers):
-    """Yields (texts, tokens, lengths) of chunks of documents in order.
+def _tokenized(documents, folder, tokenizer, chat, workers):
+    """Yields (texts, tokens, lengths, loss mask) of chunks of documents in order.
 
     texts: list of UTF-8 bytes; tokens: the chunk's documents with their ends, concatenated, in the
-    dtype of the shards; lengths: int64 [documents].
+    dtype of the shards; lengths: int64 [documents]; loss mask: of chats uint8 [tokens], else None.
     """
-    chunks = _chunks(documents)
+    chunks, tokenize = _chunks(documents), _tokenize_chats if chat else _tokenize
     if workers == 1:
         for texts in chunks:
-            yield texts, *_tokenize(tokenizer, texts)
+            yield texts, *tokenize(tokenizer, texts)
         return
     # Spawn, not fork: the tokenizers' libraries hold threads.
     context = multiprocessing.get_context("spawn")
@@ -470,7 +525,7 @@ def _tokenized(documents, folder, tokenizer, workers):
     with concurrent.futures.ProcessPoolExecutor(workers, context, signal.signal, ignore) as pool:
         pending = collections.deque()
         for texts in chunks:
-            pending.append((texts, pool.submit(_tokenize_in_worker, str(folder), texts)))
+            pending.append((texts, pool.submit(_tokenize_in_worker, tokenize, str(folder), texts)))
             if len(pending) > 2 * workers:
                 texts, future = pending.popleft()
                 yield texts, *future.result()
@@ -495,11 +550,24 @@ def _tokenize(tokenizer, texts):
     ids = tokenizer.encode_batch([t.decode() for t in texts])
     parts = [part for i in ids for part in ((bos,), i, (eos,))]
     tokens = np.concatenate(parts).astype(_token_dtype(tokenizer))
-    return tokens, np.array([len(i) + 2 for i in ids], np.int64)
+    return tokens, np.array([len(i) + 2 for i in ids], np.int64), None
 
 
-def _tokenize_in_worker(folder, texts):
-    return _tokenize(_loaded(folder), texts)
+def _tokenize_chats(tokenizer, texts):
+    made = []
+    for text in texts:
+        messages = json.loads(text)
+        try:
+            made.append(tokenizer.chat_tokens(messages))
+        except UserError as error:
+            raise UserError(f"the chat that begins with {messages[0]['content'][:60]!r}: {error}") from error
+    ids, said = zip(*made)
+    return (np.concatenate(ids).astype(_token_dtype(tokenizer)), np.array([len(i) for i in ids], np.int64),
+            np.concatenate(said).astype(np.uint8))
+
+
+def _tokenize_in_worker(tokenize, folder, texts):
+    return tokenize(_loaded(folder), texts)
 
 
 @functools.lru_cache(maxsize=1)     # a worker lives for one prepared folder

@@ -83,22 +83,28 @@ class CausalLM:
         """Returns tokens, targets, positions, segment_ids (int32) and weights (float32), each [n, seq_len].
 
         A record is a packed row: `tokens` and `segment_ids`, int32 [n, seq_len + 1]. Segments count the documents of
-        the row from 1; 0 is padding. A target counts where its input is of the same document; positions restart
-        with each document. Held-out rows are plain next-token prediction, whatever the `fim_rate`: bits per byte
+        the row from 1; 0 is padding. A target counts where its input is of the same document and, if there is one,
+        the `loss_mask` (uint8 [n, seq_len + 1]) is 1; positions restart with each document. Held-out rows are plain next-token prediction, whatever the `fim_rate`: bits per byte
         are of the text.
         """
         tokens, segments = records["tokens"], records["segment_ids"]
+        mask = records.get("loss_mask")
         if self.fim_rate and train:
+            if mask is not None:
+                raise UserError(f"config.objective_args.fim_rate={self.fim_rate} turns documents around, and of chats "
+                                "only answers are learnt; set it to 0")
             tokens = self._fill_in_the_middle(tokens, segments, seeds)
-        return self._batch(tokens, segments)
+        return self._batch(tokens, segments, mask)
 
     def random_batch(self, n, rng):
         tokens = rng.integers(0, self.arch.vocab_size, (n, self.seq_len + 1), dtype=np.int32)
         return self._batch(tokens, np.ones_like(tokens))   # no middle to fill in, and perhaps no tokenizer for it
 
-    def _batch(self, tokens, segments):
+    def _batch(self, tokens, segments, mask=None):
         inputs = segments[:, :-1]
         weights = ((inputs == segments[:, 1:]) & (inputs > 0)).astype(np.float32)
+        if mask is not None:
+            weights *= mask[:, 1:]
         return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": document_positions(inputs),
                 "segment_ids": inputs, "weights": weights}
 
