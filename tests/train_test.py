@@ -109,6 +109,18 @@ def contents(folder):
     return {p: p.is_file() and p.read_bytes() for p in folder.rglob("*")}
 
 
+def test_named_validation_sets_are_written_apart(tiny_flags, data, tmp_path):
+    config = short_config(tiny_flags, data__validation=f"one={data},two={data}", steps=2, eval__every=2,
+                          checkpoint__every=2, checkpoint__keep_best=1, checkpoint__best_metric="validation/two/loss")
+    last = train_lib.train(config, tmp_path / "run")
+    written = rows(tmp_path / "run", "validation/")[-1]
+    assert last == {k: v for k, v in written.items() if k.startswith("validation/")}
+    for name in ("loss", "nll", "perplexity", "bits_per_byte"):
+        assert written[f"validation/one/{name}"] == written[f"validation/two/{name}"] and f"validation/{name}" not in last
+    meta = json.loads((tmp_path / "run" / "checkpoints" / "2" / "meta.json").read_text())
+    assert meta["metrics"]["validation/two/loss"] == last["validation/two/loss"]
+
+
 # --- A whole run ----------------------------------------------------------------------------------------------------
 
 def test_a_run_describes_itself_and_learns(tiny_run, data):

@@ -8,7 +8,7 @@ import pytest
 
 from fm_jax import config as configs
 from fm_jax.data import documents, prepared
-from fm_jax.data.batches import Batches, examples_per_epoch, fingerprints, load_tokenizer, open_batches
+from fm_jax.data.batches import Batches, examples_per_epoch, fingerprints, held_out_sets, load_tokenizer, open_batches
 from fm_jax.data.mixture import Mixture
 from fm_jax.errors import UserError
 
@@ -129,6 +129,21 @@ def test_validation_is_the_whole_held_out_split_in_order_and_padded(folder):
     config.data.validation = f"{folder}/b"
     only_b = np.concatenate([b["tokens"] for b in batches(config, split="validation")])
     np.testing.assert_array_equal(only_b[:len(rows[1])], expected[len(rows[0]):])
+
+
+def test_named_validation_sets_are_apart_and_together_the_whole(folder):
+    config = make_config(folder, "{0}/a")
+    config.data.validation = f"few={folder}/b, many={folder}/a,few={folder}/a"
+    assert {name: len(folders) for name, folders in held_out_sets(config).items()} == {"few": 2, "many": 1}
+    rows = {f: prepared.Rows(folder / f, "validation", SEQ_LEN) for f in "ab"}
+    for name, folders in (("few", "ba"), ("many", "a"), ("", "baa")):
+        got = np.concatenate([b["tokens"] for b in batches(config, split="validation", name=name)])
+        expected = np.concatenate([rows[f][np.arange(len(rows[f]))]["tokens"] for f in folders])
+        np.testing.assert_array_equal(got[: len(expected)], expected)
+    assert list(held_out_sets(make_config(folder, "{0}/a:0.5,{0}/b"))) == [""]
+    config.data.validation = f"few={folder}/b,{folder}/a"
+    with pytest.raises(UserError, match="name each folder, as in english=data/a"):
+        held_out_sets(config)
 
 
 def test_few_validation_batches_are_of_every_source(folder):
