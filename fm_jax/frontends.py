@@ -157,6 +157,17 @@ class TextModel(nn.Module):
     def loss_sum(self, hidden_BTD, targets_BT, weights_BT, z_loss):
         return self.embed.loss_sum(hidden_BTD, targets_BT, weights_BT, z_loss)
 
+    def loss_of(self, hidden_BTD, targets_BT, f):
+        """Returns f(nll_BT), (scalar, aux), of the negative log-likelihood of each target, with its whole gradient.
+
+        All logits are never there at once: the gradient of a sum with weights df/dnll is that of f. So logits are made
+        twice, first without gradient.
+        """
+        nll_BT = jax.lax.stop_gradient(self.loss_sum(hidden_BTD, targets_BT, jnp.zeros(targets_BT.shape), 0.0)[1][0])
+        (value, aux), weights_BT = jax.value_and_grad(f, has_aux=True)(nll_BT)
+        total, _ = self.loss_sum(hidden_BTD, targets_BT, jax.lax.stop_gradient(weights_BT), 0.0)
+        return jax.lax.stop_gradient(value) + total - jax.lax.stop_gradient(total), aux
+
     def logits(self, hidden_BTD):
         return self.embed.logits(hidden_BTD)
 

@@ -77,10 +77,7 @@ def encode(tokenizer, texts) -> list[np.ndarray]:
     A special token that a text spells is that token. The beginning-of-text token comes first where the tokenizer's
     file puts it there, unless the text begins with it.
     """
-    ids = tokenizer.encode_batch(texts, special=True)
-    if not tokenizer.adds_bos:
-        return ids
-    return [i if i[:1].tolist() == [tokenizer.bos_id] else np.array([tokenizer.bos_id, *i], np.int32) for i in ids]
+    return [tokenizer.begun(ids) for ids in tokenizer.encode_batch(texts, special=True)]
 
 
 def encode_pairs(tokenizer, contexts, continuations) -> list[tuple[np.ndarray, np.ndarray]]:

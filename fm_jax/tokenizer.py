@@ -143,9 +143,18 @@ class Tokenizer:
             ended = text[start:stop].rstrip()   # of white space behind the token that ends the turn, nothing is to say
             stop = start + len(ended) if ended.endswith(tuple(self.specials)) else stop
             said |= (starts >= start) & (starts < stop)
-        if self.adds_bos and ids[:1].tolist() != [self.bos_id]:
-            ids, said = np.concatenate([[self.bos_id], ids]).astype(np.int32), np.concatenate([[False], said])
-        return ids, said
+        begun = self.begun(ids)
+        return begun, np.concatenate([np.zeros(len(begun) - len(ids), bool), said])
+
+    def chat_ids(self, messages: Sequence[dict]) -> np.ndarray:
+        """Returns the ids, int32 [n], of a chat and of what opens the assistant's answer to it: those of a prompt."""
+        return self.begun(self.encode_batch([self.chat(messages)], special=True)[0])
+
+    def begun(self, ids: np.ndarray) -> np.ndarray:
+        """Returns the ids of a text with the beginning token, where other libraries put it before every text."""
+        if not self.adds_bos or ids[:1].tolist() == [self.bos_id]:
+            return ids
+        return np.concatenate([[self.bos_id], ids]).astype(np.int32)
 
     def _turn(self, messages, i, whole):
         """Returns (start, stop) in the text `whole` of what turn i adds to the chat before it."""

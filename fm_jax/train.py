@@ -131,6 +131,11 @@ def train(config, workdir, *, profile_steps: int = 0, peers: distributed.Peers |
             state = state.replace(frozen=frozen)
             origin += f"; frozen ones from step {described['base']['step']} of {described['base']['folder']}" + (
                 f", kept in {config.adapt.quantize}" if config.adapt.quantize else "")
+        if start == 0 and hasattr(objective, "check_start"):
+            sums = metrics.Sums()
+            sums.add(jax.device_get(
+                program.eval_step(program.eval_params(state), state.frozen, program.place(data.batch(0)))))
+            objective.check_start(sums.take())
         writer = metrics.Writer(files.path, start, tensorboard=config.log.tensorboard)
         checkpoint.describe_run(workdir, config, start, **described)
         held.enter_context(writer)

@@ -7,6 +7,7 @@ one file here and one config. Nothing in this package imports another objective.
 """
 
 import copy
+import dataclasses
 import importlib
 import inspect
 import pkgutil
@@ -14,10 +15,16 @@ import sys
 from typing import Any, Callable, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from fm_jax import model
+from fm_jax.architecture import Architecture
 from fm_jax.errors import UserError, choose
+from fm_jax.frontends import TextModel, text_vectors
+from fm_jax.model import Trunk
 from fm_jax.sharding import Layout
+from fm_jax.tokenizer import check_vocab
 
 
 class Loss(NamedTuple):
@@ -69,6 +76,72 @@ class Objective(Protocol):
 
     def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> Loss:
         """Returns the losses of a batch. Pure; `key` is of dropout and the like, None: deterministic (evaluation)."""
+
+    # May be there: `check_start(means: dict[str, float])` raises UserError where the metrics of a batch before the
+    # first step say that the run does not begin with what its data was made for.
+
+
+class LanguageModel:
+    """What the objectives of causal language models share: the module, its parameters, and its predictions."""
+
+    reads = "packed"
+
+    def __init__(self, config, tokenizer, layout: Layout | None):
+        """Raises UserError for a model that is not causal, does not fit the rows, the tokenizer or the mesh."""
+        self.arch = Architecture(**config.model.to_dict())
+        self.seq_len, self.tokenizer = config.seq_len, tokenizer
+        if self.seq_len > self.arch.max_seq_len:
+            raise UserError(f"config.seq_len={self.seq_len} exceeds model.max_seq_len={self.arch.max_seq_len}")
+        if not self.arch.causal:
+            raise UserError("model.causal=False: the causal language model would see its targets")
+        if layout is not None:
+            model.check(self.arch, self.seq_len, layout)
+        if tokenizer is not None:
+            check_vocab(tokenizer, self.arch.vocab_size)
+        self.tokens_per_example = self.seq_len
+        self.flops_per_example = self.seq_len * self.arch.flops_per_token(self.seq_len)
+        self.module = TextModel(dataclasses.replace(self.arch, capacity_factor=0.0), layout)
+        self.predict = {"hidden": self.hidden, "embed": self.embed, "logits": self.logits, "trees": self.trees,
+                        "score": self.score, "decode": self.decode}
+
+    def init(self, key):
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        unplaced = TextModel(self.arch)   # shardings of parameters come from their axes, not from this dummy batch
+        return unplaced.init(key, tokens, method=lambda m, t: m.logits(m(t)[0]))["params"]
+
+    def hidden(self, params, tokens_BT, capture=()):
+        """Returns (hidden states [B, T, D], taps); tokens after a row's end must be ignored by the caller."""
+        hidden, _, taps = self.module.apply({"params": params}, tokens_BT, capture=capture)
+        return hidden, taps
+
+    def embed(self, params, tokens_BT, length_B):
+        """Returns float32 [B, D]: the mean hidden state of the first `length_B` tokens of each row."""
+        return text_vectors(self.hidden(params, tokens_BT)[0], length_B, "mean")
+
+    def logits(self, params, tokens_BT):
+        """Returns float32 logits [B, T, V]."""
+        return self.module.apply({"params": params}, self.hidden(params, tokens_BT)[0], method="logits")
+
+    def trees(self, params, tokens_BT, positions_BT, last_BT, trunk: Trunk | None = None, capture=()):
+        """Returns (hidden states [B, T, D], taps) of rows of trees of tokens; see `Transformer`."""
+        hidden, _, taps = self.module.apply({"params": params}, tokens_BT, positions_BT, last_BT=last_BT, trunk=trunk,
+                                            capture=capture)
+        return hidden, taps
+
+    def score(self, params, hidden_PD, rows_N, targets_N):
+        """Returns float32 (log-probability [N] of each target after hidden state `rows_N`, 1 if none is likelier)."""
+        logits_PV = self.module.apply({"params": params}, hidden_PD[None], method="logits")[0]
+        top_P = logits_PV.max(-1)
+        lse_P = top_P + jnp.log(jnp.exp(logits_PV - top_P[:, None]).sum(-1))
+        picked_N = logits_PV[rows_N, targets_N]
+        return picked_N - lse_P[rows_N], (picked_N >= top_P[rows_N]).astype(jnp.float32)
+
+    def decode(self, params, tokens_BT, cache, last_B=None):
+        """Returns (float32 logits [B, V] at place `last_B` of each row (default: its end), cache)."""
+        hidden, cache, _ = self.module.apply({"params": params}, tokens_BT, cache=cache)
+        last_B = jnp.full(tokens_BT.shape[0], tokens_BT.shape[1] - 1) if last_B is None else last_B
+        last = jnp.take_along_axis(hidden, last_B[:, None, None], axis=1)
+        return self.module.apply({"params": params}, last, method="logits")[:, 0], cache
 
 
 def find(path: str) -> type:

@@ -3,23 +3,18 @@
 Try:  python -m fm_jax.train --config configs/causal_lm.py:tiny --workdir runs/tiny
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fm_jax import model
-from fm_jax.architecture import Architecture
 from fm_jax.errors import UserError
-from fm_jax.frontends import TextModel, text_vectors
-from fm_jax.model import Trunk
-from fm_jax.objectives import Loss, document_positions, uniform
+from fm_jax.frontends import TextModel
+from fm_jax.objectives import LanguageModel, Loss, document_positions, uniform
 from fm_jax.sharding import Layout
-from fm_jax.tokenizer import check_vocab
 
 
-class CausalLM:
+class CausalLM(LanguageModel):
     """The objective. `config.objective_args`:
 
     z_loss: weight of the squared log-normaliser (arXiv:2204.02311, section 5); 0: off.
@@ -30,16 +25,9 @@ class CausalLM:
     load_balance_loss, router_z_loss: weights of these losses of experts, summed over layers; see `model.Routing`.
     """
 
-    reads = "packed"
-
     def __init__(self, config, tokenizer=None, layout: Layout | None = None, *, z_loss=0.0, document_mask=True,
                  fim_rate=0.0, fim_spm_rate=0.5, load_balance_loss=0.0, router_z_loss=0.0):
-        self.arch = Architecture(**config.model.to_dict())
-        self.seq_len = config.seq_len
-        if self.seq_len > self.arch.max_seq_len:
-            raise UserError(f"config.seq_len={self.seq_len} exceeds model.max_seq_len={self.arch.max_seq_len}")
-        if not self.arch.causal:
-            raise UserError("model.causal=False: the causal language model would see its targets")
+        super().__init__(config, tokenizer, layout)
         for name, rate in (("fim_rate", fim_rate), ("fim_spm_rate", fim_spm_rate)):
             if not 0 <= rate <= 1:
                 raise UserError(f"config.objective_args.{name}={rate} is a share of documents: between 0 and 1")
@@ -50,27 +38,18 @@ class CausalLM:
         if router_z_loss and self.arch.router_score != "softmax":
             raise UserError(f"config.objective_args.router_z_loss={router_z_loss} is of a softmax's normaliser, which "
                             f"model.router_score={self.arch.router_score!r} does not have; set it to 0")
-        if layout is not None:
-            model.check(self.arch, self.seq_len, layout)
         self.z_loss, self.document_mask = z_loss, document_mask
         self.fim_rate, self.fim_spm_rate = fim_rate, fim_spm_rate
         self.load_balance_loss, self.router_z_loss = load_balance_loss, router_z_loss
-        self.tokenizer = tokenizer
         if fim_rate and tokenizer is not None and tokenizer.fim_ids is None:
             raise UserError(f"objective_args.fim_rate={fim_rate}: this tokenizer has no fill-in-the-middle tokens; "
                             "train one with fm_jax.prepare --tokenizer sentencepiece:SIZE, or set fim_rate=0")
         # UTF-8 bytes of each token, for bits per byte. Without a tokenizer (plan, benchmark) there is no such metric.
         self.token_bytes = None
         if tokenizer is not None:
-            check_vocab(tokenizer, self.arch.vocab_size)
             self.token_bytes = np.pad(tokenizer.token_bytes(), (0, self.arch.vocab_size - tokenizer.vocab_size))
-        self.tokens_per_example = self.seq_len
-        self.flops_per_example = self.seq_len * self.arch.flops_per_token(self.seq_len)
         # Only in training are tokens dropped: a prediction does not depend on what else is in its row.
-        self.module = TextModel(dataclasses.replace(self.arch, capacity_factor=0.0), layout)
         self._trained = TextModel(self.arch, layout)
-        self.predict = {"hidden": self.hidden, "embed": self.embed, "logits": self.logits, "trees": self.trees,
-                        "score": self.score, "decode": self.decode}
 
     # --- the contract -------------------------------------------------------------------------------------------
 
@@ -108,11 +87,6 @@ class CausalLM:
         return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": document_positions(inputs),
                 "segment_ids": inputs, "weights": weights}
 
-    def init(self, key):
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        unplaced = TextModel(self.arch)   # shardings of parameters come from their axes, not from this dummy batch
-        return unplaced.init(key, tokens, method=lambda m, t: m.logits(m(t)[0]))["params"]
-
     def loss(self, params, batch, key=None):
         module = self._trained if key is not None else self.module
         places = (batch["positions"], batch["segment_ids"]) if self.document_mask else ()
@@ -131,42 +105,6 @@ class CausalLM:
             loss += self.load_balance_loss * balance + self.router_z_loss * z + model.ROUTER_BIAS_GRADIENT * bias
             metrics |= routed
         return Loss(loss, total, metrics)
-
-    # --- predict ----------------------------------------------------------------------------------------------------
-
-    def hidden(self, params, tokens_BT, capture=()):
-        """Returns (hidden states [B, T, D], taps); tokens after a row's end must be ignored by the caller."""
-        hidden, _, taps = self.module.apply({"params": params}, tokens_BT, capture=capture)
-        return hidden, taps
-
-    def embed(self, params, tokens_BT, length_B):
-        """Returns float32 [B, D]: the mean hidden state of the first `length_B` tokens of each row."""
-        return text_vectors(self.hidden(params, tokens_BT)[0], length_B, "mean")
-
-    def logits(self, params, tokens_BT):
-        """Returns float32 logits [B, T, V]."""
-        return self.module.apply({"params": params}, self.hidden(params, tokens_BT)[0], method="logits")
-
-    def trees(self, params, tokens_BT, positions_BT, last_BT, trunk: Trunk | None = None, capture=()):
-        """Returns (hidden states [B, T, D], taps) of rows of trees of tokens; see `Transformer`."""
-        hidden, _, taps = self.module.apply({"params": params}, tokens_BT, positions_BT, last_BT=last_BT, trunk=trunk,
-                                            capture=capture)
-        return hidden, taps
-
-    def score(self, params, hidden_PD, rows_N, targets_N):
-        """Returns float32 (log-probability [N] of each target after hidden state `rows_N`, 1 if none is likelier)."""
-        logits_PV = self.module.apply({"params": params}, hidden_PD[None], method="logits")[0]
-        top_P = logits_PV.max(-1)
-        lse_P = top_P + jnp.log(jnp.exp(logits_PV - top_P[:, None]).sum(-1))
-        picked_N = logits_PV[rows_N, targets_N]
-        return picked_N - lse_P[rows_N], (picked_N >= top_P[rows_N]).astype(jnp.float32)
-
-    def decode(self, params, tokens_BT, cache, last_B=None):
-        """Returns (float32 logits [B, V] at place `last_B` of each row (default: its end), cache)."""
-        hidden, cache, _ = self.module.apply({"params": params}, tokens_BT, cache=cache)
-        last_B = jnp.full(tokens_BT.shape[0], tokens_BT.shape[1] - 1) if last_B is None else last_B
-        last = jnp.take_along_axis(hidden, last_B[:, None, None], axis=1)
-        return self.module.apply({"params": params}, last, method="logits")[:, 0], cache
 
     # --- fill in the middle ------------------------------------------------------------------------------------------
 
