@@ -23,7 +23,7 @@ LAYERS = (
     ("adapt", "decode", "hf", "scoring", "compiled_step", "step", "topology"),
     ("pretrained", "evals", "engine", "roofline"),
     ("train", "evaluate", "generate", "serve", "lm_eval", "plan", "benchmark", "prepare", "report", "convert",
-     "forecast"),
+     "forecast", "grpo"),
 )
 SAME_LAYER = {
     ("architecture", "errors"), ("config", "errors"), ("config", "architecture"), ("config", "storage"),
@@ -36,6 +36,7 @@ SAME_LAYER = {
     ("objectives", "data"),   # how an error names a record
     ("plan", "forecast"),     # the command prints what this finds
     ("report", "evaluate"),   # the report runs the evaluation that the command does
+    ("grpo", "train"),        # stops at the same signals
 }
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "pyarrow", "matplotlib", "sentencepiece", "tokenizers",
          "tensorboardX", "tqdm", "transformers", "PIL"}

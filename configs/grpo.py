@@ -1,0 +1,33 @@
+"""Reinforcement on additions, whose answers can be checked: a small model learns some, and is rewarded for right ones.
+
+    python -m fm_jax.prepare --source catalogue:arithmetic --tokenizer bytes --output data/arithmetic
+    python -m fm_jax.prepare --examples --source catalogue:arithmetic_problems --tokenizer bytes \\
+        --validation_frac 0.1 --output data/problems
+    python -m fm_jax.train --config configs/grpo.py:pretrain --workdir runs/arith
+    python -m fm_jax.grpo --config configs/grpo.py:arithmetic --init runs/arith --workdir runs/rl
+"""
+
+from fm_jax import config as fm_config
+from fm_jax.errors import choose
+
+
+def get_config(name: str = "arithmetic"):
+    """Returns the config of a stage: pretrain, or arithmetic, whose model is that of --init."""
+    choose(name, ("pretrain", "arithmetic"), "config of configs/grpo.py")
+    c = fm_config.defaults()
+    c.name = f"grpo:{name}"
+    if name == "pretrain":
+        c.data.train = "data/arithmetic"
+        c.model.update(vocab_size=262, num_layers=3, embed_dim=128, num_heads=4, max_seq_len=64, qk_norm="head")
+        c.steps, c.batch_size, c.seq_len = 160, 64, 64
+        c.optimizer.learning_rate = 3e-3
+        return c
+    c.objective = "fm_jax.objectives.policy_gradient.PolicyGradient"
+    # group_size (8), max_new_tokens (16), updates (1), reward, normalize_std (True), average ("response"), clip_low
+    # (0.2), clip_high (0.2), kl (0): see the objective's file.
+    c.objective_args.update(group_size=16, max_new_tokens=8)
+    c.data.train = "data/problems"
+    c.steps, c.batch_size, c.seq_len = 100, 256, 16
+    c.eval.every = c.checkpoint.every = 25
+    c.optimizer.learning_rate, c.optimizer.schedule, c.optimizer.weight_decay = 1e-4, "constant", 0.0
+    return c
