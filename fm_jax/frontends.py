@@ -90,23 +90,49 @@ class TokenEmbed(nn.Module):
         y = y + self.transform_bias.astype(y.dtype) if self.arch.mlp_bias else y
         return self.transform_norm(ACTIVATIONS[self.arch.activation](y))
 
+    def sum_of(self, x_BTD, arrays, f):
+        """Returns the sum over pieces of f(float32 logits [b, t, V], the same piece of each of `arrays` [B, T, ...]).
+
+        f returns a tree of scalars, 0 for arrays of zeros. All logits are never there at once: going back makes them
+        again.
+        """
+        a, (B, T) = self.arch, x_BTD.shape[:2]
+        apart, n = _rows_of_pieces(self.layout, B, T)
+        parts = self.layout.parts("pieces") if self.layout else 1
+        cut = lambda x: kernels.chunks(apart(x), max(1, a.loss_chunk_tokens * parts // (n * B)))
+        head, bias, softcap = self.head, self.bias, a.logit_softcap
+        one = jax.checkpoint(lambda piece: f(kernels.logits(piece[0], head, bias, softcap=softcap), piece[1]))
+        pieces = cut(self._transformed(x_BTD)), jax.tree.map(cut, arrays)
+        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], pieces))
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(lambda sums, piece: (jax.tree.map(jnp.add, sums, one(piece)), None), zero, pieces)[0]
+
     def loss_sum(self, x_BTD, labels_BT, weights_BT, z_loss: float):
         """Returns (sum of weight * (nll + z_loss lse^2), (nll, lse, correct) [B, T] without gradient).
 
         All logits are never there at once.
         """
         a, layout, (B, T) = self.arch, self.layout, labels_BT.shape
-        n, parts = (layout.parts("length"), layout.parts("pieces")) if layout else (1, 1)
-        # Where sequences are cut, the pieces that a device has are rows of their own, and stay on it.
-        apart = lambda x: x.reshape(B, n, T // n, *x.shape[2:]).swapaxes(0, 1).reshape(n * B, T // n, *x.shape[2:])
+        apart, n = _rows_of_pieces(layout, B, T)
+        parts = layout.parts("pieces") if layout else 1
         together = lambda x: x.reshape(n, B, T // n).swapaxes(0, 1).reshape(B, T)
-        rows = [self._transformed(x_BTD), labels_BT, weights_BT]
-        if n > 1:
-            rows = [layout.constrain(apart(x), "pieces", *(None,) * (x.ndim - 1)) for x in rows]
+        rows = [apart(x) for x in (self._transformed(x_BTD), labels_BT, weights_BT)]
         total, tokens = kernels.cross_entropy_sum(
             rows[0], self.head, rows[1], rows[2], self.bias, z_loss=z_loss, softcap=a.logit_softcap,
             chunk_length=max(1, a.loss_chunk_tokens * parts // (n * B)))
         return total, tuple(map(together, tokens)) if n > 1 else tokens
+
+
+def _rows_of_pieces(layout, B, T):
+    """Returns (rows [B, T, ...] -> rows of pieces, pieces): where sequences are cut, what a device has stays on it."""
+    n = layout.parts("length") if layout else 1
+
+    def apart(x):
+        if n == 1:
+            return x
+        pieces = x.reshape(B, n, T // n, *x.shape[2:]).swapaxes(0, 1).reshape(n * B, T // n, *x.shape[2:])
+        return layout.constrain(pieces, "pieces", *(None,) * (x.ndim - 1))
+    return apart, n
 
 
 def real(tokens_BT, length_B):
@@ -156,6 +182,9 @@ class TextModel(nn.Module):
 
     def loss_sum(self, hidden_BTD, targets_BT, weights_BT, z_loss):
         return self.embed.loss_sum(hidden_BTD, targets_BT, weights_BT, z_loss)
+
+    def sum_of(self, hidden_BTD, arrays, f):
+        return self.embed.sum_of(hidden_BTD, arrays, f)
 
     def loss_of(self, hidden_BTD, targets_BT, f):
         """Returns f(nll_BT), (scalar, aux), of the negative log-likelihood of each target, with its whole gradient.

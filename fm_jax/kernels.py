@@ -623,7 +623,7 @@ def cross_entropy_sum(x_BTD, table_VD, labels_BT, weights_BT, bias_V=None, *, z_
     each piece's logits what their gradient will be but for a factor, and one pass makes both.
     Source of the idea: arXiv:2410.10989, section 3.2.
     """
-    x, labels, weights = (_chunks(a, chunk_length) for a in (x_BTD, labels_BT, weights_BT))
+    x, labels, weights = (chunks(a, chunk_length) for a in (x_BTD, labels_BT, weights_BT))
     total, tokens = _summed_loss(x, (table_VD, bias_V), labels, weights, softcap, z_loss)
     return total, tuple(_whole(jax.lax.stop_gradient(o), labels_BT.shape) for o in tokens)
 
@@ -635,7 +635,7 @@ def cross_entropy_reference(x_BTD, table_VD, labels_BT, *, softcap=0.0):
     return lse - picked, lse, (logits.argmax(-1) == labels_BT).astype(jnp.float32)
 
 
-def _chunks(a, length):
+def chunks(a, length):
     """Returns [chunks, B, length, ...] of a [B, T, ...], padded with zeros."""
     B, T = a.shape[:2]
     c = min(length or T, T)
@@ -645,7 +645,7 @@ def _chunks(a, length):
 
 
 def _whole(chunks, shape):
-    """Returns [B, T] of [chunks, B, c], the inverse of `_chunks`."""
+    """Returns [B, T] of [chunks, B, c], the inverse of `chunks`."""
     return chunks.swapaxes(0, 1).reshape(shape[0], -1)[:, : shape[1]]
 
 

@@ -23,7 +23,7 @@ LAYERS = (
     ("adapt", "decode", "hf", "scoring", "compiled_step", "step", "topology"),
     ("pretrained", "evals", "engine", "roofline"),
     ("train", "evaluate", "generate", "serve", "lm_eval", "plan", "benchmark", "prepare", "report", "convert",
-     "forecast", "grpo"),
+     "forecast", "grpo", "annotate", "shrink"),
 )
 SAME_LAYER = {
     ("architecture", "errors"), ("config", "errors"), ("config", "architecture"), ("config", "storage"),

@@ -78,6 +78,9 @@ def open_batches(config, objective, *, split: str = "train", name: str = "", row
     kind = choose(objective.reads, KINDS, "`reads` of the objective")
     manifests = {folder: read_manifest(folder, kind) for folder, _ in train + held_out}
     _check_held_out(train, held_out)
+    if len(teachers := {str(manifests[folder].get("teacher")) for folder, _ in mixture}) > 1:
+        raise UserError(f"{', '.join(folder for folder, _ in mixture)}: one has another teacher than the rest, or none "
+                        f"({', '.join(sorted(teachers))}): annotate all with one")
     chats = any(manifests[folder]["format"] == CHAT_FORMAT for folder, _ in mixture)
     sources = [_open(folder, split, kind, config.seq_len, loss_mask=chats) for folder, _ in mixture]
     cut = sum(source.cut for source in sources) if kind == "packed" else 0

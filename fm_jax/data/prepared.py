@@ -7,6 +7,7 @@
       00000.loss_mask ...    of chats: a byte for each token, 1 where the assistant says it
       starts.int64           position of each document's first token in the split, and the split's length
       digests.uint64         hash of each document's text, ascending
+      teacher.ids, teacher.logprobs   where `fm_jax.annotate` put them: of each token the likeliest next ones
     validation/text.jsonl.gz the held-out documents as text, for compressors and other baselines
 
 Each document is BOS, its tokens, EOS. With both ends inside the document's own segment every token of
@@ -281,6 +282,7 @@ class Rows:
     Attributes:
       seq_len, tokens: int.
       masked: whether there are loss masks: of chats.
+      teacher: what the manifest says of it, None where there is none.
       cut: chats longer than a row.
       tokenizer_fingerprint: from the manifest.
     """
@@ -294,6 +296,14 @@ class Rows:
         self._shards = [np.memmap(self.folder / s["file"], manifest["token_dtype"], "r") for s in entry["shards"]]
         self._bounds = np.cumsum([0] + [s["tokens"] for s in entry["shards"]])
         self._starts = np.memmap(self.folder / split / "starts.int64", "<i8", "r")
+        self.teacher = manifest.get("teacher")
+        if self.teacher:
+            if self.teacher["seq_len"] != seq_len:
+                raise UserError(f"{folder}: its teacher saw rows of {self.teacher['seq_len']} tokens, and config.seq_len="
+                                f"{seq_len}: set that, or annotate the data again")
+            self._taught = {name: np.memmap(self.folder / split / f"teacher.{name.removeprefix('teacher_')}", dtype, "r",
+                                            shape=(self.tokens, self.teacher["top_k"]))
+                            for name, dtype in (("teacher_ids", manifest["token_dtype"]), ("teacher_logprobs", "<f2"))}
         self.masked, self.cut = "loss_mask" in entry["shards"][0], 0
         self._gives_mask, self._masks = self.masked or loss_mask, None
         if self.masked:
@@ -306,13 +316,12 @@ class Rows:
         return len(self._first) - 1 if self.masked else -(-(self.tokens - 1) // self.seq_len)
 
     def __getitem__(self, rows) -> dict[str, np.ndarray]:
-        """Returns {"tokens", "segment_ids"}, int32 [n, T+1], of an array of row numbers [n]; "loss_mask", uint8.
+        """Returns {"tokens", "segment_ids"}, int32 [n, T+1], of an array of row numbers [n].
 
-        Segments count the documents of a row from 1; padding is segment 0 and token 0.
+        With them, where there are, "loss_mask", uint8 [n, T+1], "teacher_ids", int32, and "teacher_logprobs", float32
+        [n, T, top_k]: what is expected behind each token. Segments count the documents of a row from 1; padding is segment 0 and token 0.
         """
-        rows = np.asarray(rows, np.int64)
-        start, end = (self._first[rows], self._first[rows + 1]) if self.masked else (rows * self.seq_len, self.tokens)
-        end = np.minimum(start + self.seq_len + 1, end)
+        start, end = self.extent(rows)
         shards = np.unique(np.searchsorted(self._bounds, [start, end - 1], "right") - 1)
         files = (self._shards, self._masks) if self.masked else (self._shards,)
         check_mapped([self._starts, *(file[shard] for shard in shards for file in files)])
@@ -320,7 +329,20 @@ class Rows:
         if self._gives_mask:
             found["loss_mask"] = self._read(self._masks, start, end) if self.masked else np.ones(
                 found["tokens"].shape, np.uint8)
+        if self.teacher:
+            check_mapped(self._taught.values())
+            for name, there in self._taught.items():
+                found[name] = np.zeros((len(start), self.seq_len, there.shape[1]),
+                                       np.int32 if name == "teacher_ids" else np.float32)
+                for row, (begin, last) in enumerate(zip(start, end - 1)):
+                    found[name][row, : last - begin] = there[begin:last]
         return found
+
+    def extent(self, rows) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (start, end) [n] in the split's stream of the rows [n]; inputs are all but the last token."""
+        rows = np.asarray(rows, np.int64)
+        start, end = (self._first[rows], self._first[rows + 1]) if self.masked else (rows * self.seq_len, self.tokens)
+        return start, np.minimum(start + self.seq_len + 1, end)
 
     def _read(self, shards, start, end):
         out = np.zeros((len(start), self.seq_len + 1), np.uint8 if shards is self._masks else np.int32)

@@ -104,6 +104,18 @@ class LanguageModel:
         self.predict = {"hidden": self.hidden, "embed": self.embed, "logits": self.logits, "trees": self.trees,
                         "score": self.score, "decode": self.decode}
 
+    def packed(self, tokens, segments, mask=None) -> dict[str, np.ndarray]:
+        """Returns tokens, targets, positions, segment_ids (int32) and weights (float32), each [n, T], of packed rows.
+
+        tokens, segments, mask: [n, T + 1]. A target counts where its input is of the same document and `mask` is 1.
+        """
+        inputs = segments[:, :-1]
+        weights = ((inputs == segments[:, 1:]) & (inputs > 0)).astype(np.float32)
+        if mask is not None:
+            weights *= mask[:, 1:]
+        return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": document_positions(inputs),
+                "segment_ids": inputs, "weights": weights}
+
     def init(self, key):
         tokens = jnp.zeros((1, 1), jnp.int32)
         unplaced = TextModel(self.arch)   # shardings of parameters come from their axes, not from this dummy batch

@@ -10,7 +10,7 @@ import numpy as np
 from fm_jax import model
 from fm_jax.errors import UserError
 from fm_jax.frontends import TextModel
-from fm_jax.objectives import LanguageModel, Loss, document_positions, uniform
+from fm_jax.objectives import LanguageModel, Loss, uniform
 from fm_jax.sharding import Layout
 
 
@@ -73,19 +73,11 @@ class CausalLM(LanguageModel):
                 raise UserError(f"config.objective_args.fim_rate={self.fim_rate} turns documents around, and of chats "
                                 "only answers are learnt; set it to 0")
             tokens = self._fill_in_the_middle(tokens, segments, seeds)
-        return self._batch(tokens, segments, mask)
+        return self.packed(tokens, segments, mask)
 
     def random_batch(self, n, rng):
         tokens = rng.integers(0, self.arch.vocab_size, (n, self.seq_len + 1), dtype=np.int32)
-        return self._batch(tokens, np.ones_like(tokens))   # no middle to fill in, and perhaps no tokenizer for it
-
-    def _batch(self, tokens, segments, mask=None):
-        inputs = segments[:, :-1]
-        weights = ((inputs == segments[:, 1:]) & (inputs > 0)).astype(np.float32)
-        if mask is not None:
-            weights *= mask[:, 1:]
-        return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": document_positions(inputs),
-                "segment_ids": inputs, "weights": weights}
+        return self.packed(tokens, np.ones_like(tokens))   # no middle to fill in, and perhaps no tokenizer for it
 
     def loss(self, params, batch, key=None):
         module = self._trained if key is not None else self.module

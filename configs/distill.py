@@ -1,0 +1,25 @@
+"""A small model that learns from a larger one on the same text.
+
+    python -m fm_jax.annotate --model runs/teacher --data data/english --output data/taught --seq_len 256
+    python -m fm_jax.shrink --model runs/teacher --layers 0,2 --workdir runs/half
+    python -m fm_jax.train --config configs/distill.py --workdir runs/student --config.checkpoint.init_from=runs/half \\
+        --config.data.train=data/taught
+
+The student is the quickstart's model with two layers instead of four; another one begins anew or from what fits.
+"""
+
+from fm_jax import config as fm_config
+
+
+def get_config():
+    """Returns the config."""
+    c = fm_config.defaults()
+    c.name = "distill"
+    c.objective = "fm_jax.objectives.distill.Distill"
+    # c.objective_args: top_k (32), alpha (0.5), tail (True), temperature (1); see the objective's file.
+    c.data.train = "data/taught"
+    c.model.update(vocab_size=4096, num_layers=2, embed_dim=256, num_heads=4, max_seq_len=256, qk_norm="head")
+    c.steps, c.batch_size, c.seq_len = 180, 16, 256
+    c.eval.every = c.checkpoint.every = "25%"
+    c.optimizer.name, c.optimizer.learning_rate = "muon", 3e-3
+    return c
