@@ -191,6 +191,25 @@ class Adaptation:
         keep = 1 - self._c.lora_dropout
         return jnp.where(jax.random.bernoulli(key, keep, (*a.shape[:-1], 1)), a / keep, 0)
 
+    def frozen_of(self, model, run: dict, who: str, whose: str):
+        """Returns what is frozen, of the parameters of the whole model. run: as in `read_base`; who, whose: for errors.
+
+        Raises:
+          UserError: these are not the parameters that the run began with.
+        """
+        flat = tree.flatten(model, is_leaf=is_derived)
+        try:
+            base = {n: flat[n] for n in tree.flatten(self._base)}
+        except KeyError as e:
+            raise UserError(f"{who}: an adapter of a model with {e.args[0]}, which {whose} has not") from None
+        if any(map(is_derived, base.values())):
+            raise UserError(f"{who}: {whose} is quantised, and an adapter is put on a model that is not; load its run")
+        mark = fingerprint(tree.nest(base))
+        if mark != run.get("fingerprint"):
+            raise UserError(f"{who} is of another base, {run.get('folder')} (parameters "
+                            f"{run.get('fingerprint', '')[:12]}), than {whose} (parameters {mark[:12]})")
+        return self.kept(tree.nest(base))
+
     # --- the base ---------------------------------------------------------------------------------------------------
 
     def read_base(self, config, layout, run: dict, folder: str = ""):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax import distributed
+from fm_jax import distributed, tree
 from fm_jax.errors import UserError
 from fm_jax.model import Cache, unstack
 
@@ -412,12 +412,21 @@ def find_stop(text: str, stop_strings) -> tuple[int, bool]:
     return len(text) - held, False
 
 
-def per_layer(params):
+def per_layer(params, other=None):
     """Returns the parameters with each layer in arrays of its own, as a decode step reads them fastest.
 
-    Cut out of the stacked array inside the step, every layer would be copied for every token.
+    Cut out of the stacked array inside the step, every layer would be copied for every token. other: (parameters, what
+    this made of them): what is the same array there is not made twice.
     """
-    return {stack: {name: _unstacked(part) if name in ("first_layers", "layers") else part
+    def layers(stack, name, part):
+        if other is None:
+            return _unstacked(part)
+        old, made = tree.flatten(other[0][stack][name]), [tree.flatten(layer) for layer in other[1][stack][name]]
+        new = {n: p for n, p in tree.flatten(part).items() if p is not old.get(n)}
+        apart = _unstacked(new) if new else ({},) * len(made)
+        return tuple(tree.nest(before | after) for before, after in zip(made, apart))
+
+    return {stack: {name: layers(stack, name, part) if name in ("first_layers", "layers") else part
                     for name, part in parts.items()} for stack, parts in params.items()}
 
 

@@ -6,8 +6,8 @@
 
 Its programs are three: `_score` reads tokens, `_join` reads a prompt and puts it into a free slot, `_go_on` adds tokens
 to all slots. The first two have one for each prompt bucket. All are compiled at the start; what is compiled later is
-counted. What a request draws depends on its prompt, seed and settings alone: prompts are read one at a time, every
-dispatch has the same shape, and rows do not mix.
+counted. A base and its adapters share the programs; each has slots of its own. What a request draws depends on its
+prompt, seed and settings alone: prompts are read one at a time, every dispatch has the same shape, and rows do not mix.
 """
 
 from collections import deque
@@ -25,7 +25,7 @@ import prometheus_client as prometheus
 
 from fm_jax import decode
 from fm_jax.decode import Sampling, Slots
-from fm_jax.errors import UserError
+from fm_jax.errors import UserError, choose
 from fm_jax.model import Cache
 
 TOP = 20          # likeliest tokens given in each place: the most that OpenAI's chat API allows
@@ -70,6 +70,7 @@ class Request:
     sampling: Sampling = Sampling()
     seed: int = 0                       # uint32
     stop_ids: tuple[int, ...] = ()
+    model: str = ""                     # of the engine's adapters; "": the model itself
     cancelled: bool = False             # set by whoever waits no longer; nothing more is delivered
     count: int = 0                      # tokens added so far
     last_s: float = 0.0                 # when the last were delivered; before, when it was submitted
@@ -98,7 +99,7 @@ class Engine:
     """A model with slots, on a thread of its own."""
 
     def __init__(self, lm, *, slots: int = 8, max_length: int = 2048, max_waiting: int = 128,
-                 steps_per_dispatch: int = 1):
+                 steps_per_dispatch: int = 1, adapters: dict | None = None):
         """Returns an engine whose programs are compiled.
 
         Args:
@@ -107,6 +108,7 @@ class Engine:
           max_length: most tokens of a prompt and its continuation; at most the model's context.
           max_waiting: requests in the queue; more are refused.
           steps_per_dispatch: tokens added between two looks of the host; the result is the same.
+          adapters: {name of a request's model: parameters of the same architecture}.
 
         Raises:
           UserError: a setting that cannot be, or a model without a decoder.
@@ -127,16 +129,18 @@ class Engine:
         if slots % self._parts:
             raise UserError(f"slots={slots} must be a multiple of {self._parts}, into which the mesh cuts a batch")
         self.max_waiting, self._vocab_size = max_waiting, lm.tokenizer.vocab_size
-        self._params = decode.per_layer(lm.params)
+        own = decode.per_layer(lm.params)
+        self._params = {"": own} | {name: decode.per_layer(params, (lm.params, own))
+                                    for name, params in (adapters or {}).items()}
         self._buckets = [b for b in (decode.SMALLEST_BUCKET << i for i in range(32)) if b < self.max_length]
         self._buckets.append(self.max_length)
         self.metrics = Metrics()
         self._compile(slots, steps_per_dispatch)
-        self._begin([None] * slots)
+        self._begin({name: [None] * slots for name in self._params})
 
     def _begin(self, active):
         """Returns when the thread is ready."""
-        self._active: list[Request | None] = active
+        self._active: dict[str, list[Request | None]] = active   # of each model, by slot
         self._waiting: deque[Request] = deque()
         self._changed, self._closing, self._warm = threading.Condition(), False, threading.Event()
         self._failure: BaseException | None = None
@@ -156,6 +160,8 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Returns nothing. Raises UserError for a request that cannot be answered, whenever it came."""
+        if self._active:   # of slots
+            choose(request.model, self._active, "model")
         ids, n = np.asarray(request.ids), len(request.ids)
         if not n:
             raise UserError("a prompt of 0 tokens: give at least one, such as the beginning-of-text token")
@@ -264,42 +270,46 @@ class Engine:
                 self._drop()
                 if request and not request.cancelled:
                     (self._admit if request.max_tokens else self._read)(request)
-                if any(self._active):
-                    self._step()
+                for model in self._active:
+                    if any(self._active[model]):
+                        self._step(model)
         except BaseException as error:   # a bug, or no memory at the start: whoever waits hears of it
             self._failure = error
         finally:
             self._warm.set()
             jax.monitoring.unregister_event_duration_listener(self._heard)
             with self._changed:
-                left = [*filter(None, self._active), *self._waiting]
-                self._active, self._waiting = [None] * len(self._active), deque()
+                left = [*self._running(), *self._waiting]
+                self._active, self._waiting = {m: [None] * len(rows) for m, rows in self._active.items()}, deque()
             for request in left:
                 self._deliver(request, self._failure or RuntimeError("the engine has stopped"))
 
     def _warm_up(self):
         """Runs every program in every shape; twice, so that it has also met what the others hand on."""
-        self._slots = self._empty()
+        self._slots = {model: self._empty() for model in self._params}
         for _ in range(2):
             for bucket in self._buckets:
                 if self._closing:
                     return
                 ids = np.zeros(bucket, np.int32)
                 self._start(Request(ids[: min(bucket, self.max_length - 1)], print, max_tokens=1), 0)
-                self._scored(ids)
-                self._stepped()
-            self._let_go([0])
+                self._scored("", ids)
+                self._stepped("")
+            self._let_go("", [0])
+
+    def _running(self) -> list[Request]:
+        return [request for rows in self._active.values() for request in rows if request]
 
     def _next(self) -> Request | None:
         """Returns the first request of the queue that can go on; waits while there is nothing at all to do."""
         with self._changed:
-            while not (self._waiting or any(self._active) or self._closing):
+            while not (self._waiting or self._running() or self._closing):
                 self._changed.wait()
             if self._closing:
                 return None
             self._waiting = deque(r for r in self._waiting if not r.cancelled)
-            free = None in self._active
-            request = next((r for r in self._waiting if free or not r.max_tokens), None)
+            free = {model for model, rows in self._active.items() if None in rows}
+            request = next((r for r in self._waiting if r.model in free or not r.max_tokens), None)
             if request:
                 self._waiting.remove(request)
             self.metrics.waiting.set(len(self._waiting))
@@ -307,51 +317,52 @@ class Engine:
 
     def _admit(self, request):
         """Reads a prompt into a free slot and delivers its first token."""
-        slot = self._active.index(None)
+        slot = self._active[request.model].index(None)
         try:
             drawn = self._start(request, slot)
         except Exception as error:
             return self._fail([request], error)
-        self._active[slot] = request
+        self._active[request.model][slot] = request
         now = time.monotonic()
         self.metrics.first_s.observe(now - request.last_s)
         self.metrics.prompt_tokens.inc(len(request.ids))
-        self._give(slot, drawn, 0, now)
+        self._give(request.model, slot, drawn, 0, now)
 
     def _read(self, request):
         try:
-            reading = self._scored(np.asarray(request.ids, np.int32))
+            reading = self._scored(request.model, np.asarray(request.ids, np.int32))
         except Exception as error:
             return self._fail([request], error)
         self.metrics.prompt_tokens.inc(len(request.ids))
         self._deliver(request, reading)
 
-    def _step(self):
-        """Adds tokens to every row and delivers them."""
+    def _step(self, model):
+        """Adds tokens to every row of a model and delivers them."""
         try:
-            drawn = self._stepped()
+            drawn = self._stepped(model)
         except Exception as error:
             return self._fail([], error)
         now = time.monotonic()
-        for slot, request in enumerate(self._active):
+        for slot, request in enumerate(self._active[model]):
             if request:
-                self._give(slot, drawn, slot, now)
+                self._give(model, slot, drawn, slot, now)
         self._count()
 
     def _drop(self):
         """Frees the slots of requests that nobody waits for."""
-        gone = [i for i, request in enumerate(self._active) if request and request.cancelled]
-        if gone:
-            for i in gone:
-                self._active[i] = None
-            try:
-                self._let_go(gone)
-            except Exception as error:
-                self._fail([], error)
-            self._count()
+        for model, rows in self._active.items():
+            gone = [i for i, request in enumerate(rows) if request and request.cancelled]
+            if gone:
+                for i in gone:
+                    rows[i] = None
+                try:
+                    self._let_go(model, gone)
+                except Exception as error:
+                    self._fail([], error)
+                self._count()
 
-    def _give(self, slot, drawn, row, now):
-        request = self._active[slot]
+    def _give(self, model, slot, drawn, row, now):
+        request = self._active[model][slot]
         real = drawn.real[:, row]
         made = Made(*(x[real, row] for x in (drawn.token, drawn.logprob, drawn.top_ids, drawn.top_logprobs)), "")
         n = len(made.tokens)
@@ -366,7 +377,7 @@ class Engine:
         request.last_s = now
         self.metrics.made_tokens.inc(n)
         if made.finish:
-            self._active[slot] = None
+            self._active[model][slot] = None
         self._deliver(request, made)
 
     def _deliver(self, request, part):
@@ -381,19 +392,19 @@ class Engine:
     def _fail(self, requests, error):
         """Ends the requests, and all that hold a slot if the slots went down with them; the next ones go on."""
         logging.getLogger(__name__).error("a request failed", exc_info=error)
-        if any(x.is_deleted() for x in jax.tree.leaves(self._slots)):
-            requests = requests + [r for r in self._active if r]
-            self._active = [None] * len(self._active)
-            self._slots = self._empty()
+        for model in [m for m, slots in self._slots.items() if any(x.is_deleted() for x in jax.tree.leaves(slots))]:
+            requests = requests + [r for r in self._active[model] if r]
+            self._active[model][:] = [None] * len(self._active[model])
+            self._slots[model] = self._empty()
         for request in requests:
             self.metrics.failures.inc()
             self._deliver(request, error)
         self._count()
 
     def _count(self):
-        used = sum(len(r.ids) + r.count for r in self._active if r)
-        self.metrics.running.set(sum(r is not None for r in self._active))
-        self.metrics.cache_use.set(used / (len(self._active) * self.max_length))
+        running, places = self._running(), sum(map(len, self._active.values())) * self.max_length
+        self.metrics.running.set(len(running))
+        self.metrics.cache_use.set(sum(len(r.ids) + r.count for r in running) / places)
 
     # --- calls of the programs, NumPy in and out --------------------------------------------------------------------
 
@@ -407,26 +418,27 @@ class Engine:
         stop_ids[: len(request.stop_ids)] = request.stop_ids
         kinds = (np.float32, np.int32, np.float32, np.int32, np.float32, np.float32)
         sampling = request.sampling._replace(vocab_size=self._vocab_size)
-        self._slots, drawn = self._join(
-            self._params, self._slots, np.int32(slot), self._padded(request.ids), np.int32(len(request.ids)),
+        model = request.model
+        self._slots[model], drawn = self._join(
+            self._params[model], self._slots[model], np.int32(slot), self._padded(request.ids), np.int32(len(request.ids)),
             np.int32(request.max_tokens), np.uint32(request.seed), Sampling(*(k(x) for k, x in zip(kinds, sampling))),
             stop_ids)
         return jax.device_get(drawn)
 
-    def _scored(self, ids):
+    def _scored(self, model, ids):
         logprobs, top_ids, top_logprobs, embedding = jax.device_get(
-            self._score(self._params, self._padded(ids), np.int32(len(ids))))
+            self._score(self._params[model], self._padded(ids), np.int32(len(ids))))
         n = len(ids)
         return Reading(logprobs[: n - 1], top_ids[:n], top_logprobs[:n], embedding)
 
-    def _stepped(self):
-        self._slots, drawn = self._go_on(self._params, self._slots)
+    def _stepped(self, model):
+        self._slots[model], drawn = self._go_on(self._params[model], self._slots[model])
         return jax.device_get(drawn)
 
-    def _let_go(self, slots):
-        ended = np.zeros(len(self._active), bool)
+    def _let_go(self, model, slots):
+        ended = np.zeros(len(self._active[model]), bool)
         ended[slots] = True
-        self._slots = self._release(self._slots, ended)
+        self._slots[model] = self._release(self._slots[model], ended)
 
 
 class VectorEngine(Engine):
@@ -437,9 +449,9 @@ class VectorEngine(Engine):
         if "embed" not in lm.objective.predict:
             raise UserError(f"{lm.config.objective} can neither continue text nor make vectors of it: it has "
                             f"{', '.join(sorted(lm.objective.predict))}")
-        self._lm, self._slots, self.max_length = lm, (), lm.objective.arch.max_seq_len
+        self._lm, self._slots, self.max_length = lm, {}, lm.objective.arch.max_seq_len
         self.max_waiting, self._vocab_size, self.metrics = max_waiting, lm.tokenizer.vocab_size, Metrics()
-        self._begin([])
+        self._begin({})
 
     def check(self, request: Request) -> None:
         if request.max_tokens:

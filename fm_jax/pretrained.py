@@ -20,7 +20,7 @@ from fm_jax import adapt, checkpoint, config as config_lib, decode, distributed,
 from fm_jax import images as images_lib, sharding, storage, tree
 from fm_jax.data.prepared import document_ends
 from fm_jax.errors import UserError, choose
-from fm_jax.model import merged
+from fm_jax.model import is_derived, made, merged
 
 EMBED_TOKENS = 4096   # of the texts in one call
 STEPS = 8   # tokens between two looks of the host; with 1 a GPT-2-like model is 1.2 times slower at 8 rows, 1.05 at 1
@@ -86,16 +86,16 @@ def load_hf(folder, *, mesh: dict | None = None, dtype: str = "") -> "Pretrained
     """
     there = hf.open_folder(folder)
     config, tokenizer = hf.read_config(there, dtype=dtype), hf.read_tokenizer(there)
-    objective, model, axes = _abstract(config, tokenizer, mesh)
-    abstract = objective.module.layout.abstract(model, axes)
+    objective, abstract, _ = _abstract(config, tokenizer, mesh)
     return Pretrained(config, tokenizer, objective, hf.read_params(there, abstract))
 
 
 def _abstract(config, tokenizer, mesh):
-    """Returns (objective on the mesh, its parameters as shape structs, the tree of their logical axes)."""
+    """Returns (objective on the mesh, its parameters as shape structs with shardings, the tree of their axes)."""
     layout = sharding.Layout(sharding.make_mesh(mesh or {"data": -1 if jax.process_count() > 1 else 1}))
     objective = objectives.load(config, tokenizer, layout)
-    return objective, *sharding.unbox(jax.eval_shape(objective.init, jax.random.key(0)))
+    params, axes = sharding.unbox(jax.eval_shape(objective.init, jax.random.key(0)))
+    return objective, layout.abstract(params, axes), axes
 
 
 def parse_mesh(text: str) -> dict[str, int] | None:
@@ -129,7 +129,26 @@ class Pretrained:
         self._layers = [], None   # (arrays of params, what decode.per_layer made of them), when first needed
 
     def __repr__(self):
-        return f"<{self.config.name or self.config.objective}: {tree.count(jax.eval_shape(merged, self.params)):,} parameters>"
+        count = tree.count(jax.eval_shape(merged, self.params))
+        return f"<{self.config.name or self.config.objective}: {count:,} parameters>"
+
+    def adapted(self, folder, *, step: int | None = None) -> "Pretrained":
+        """Returns this model with the adapters of the run in `folder`, which stands on it. Other parameters are shared.
+
+        Raises:
+          UserError: no such run, or one of another base.
+        """
+        config, _ = config_lib.load(storage.place(folder) / "config.json")
+        if not adapt.adapts(config):
+            raise UserError(f"{folder}: not a run of adapters; fm_jax.load gives its model")
+        model, axes = sharding.unbox(jax.eval_shape(self.objective.init, jax.random.key(0)))
+        here, layout = adapt.Adaptation(config, model, axes), self.module.layout
+        frozen = here.frozen_of(self.params, checkpoint.base_of(folder), str(folder), self.config.name or "this model")
+        step = max(checkpoint.steps(folder), default=None) if step is None else step
+        params = checkpoint.restore_params(folder, step, layout.abstract(here.params, here.axes), ema=True)
+        combined = tree.flatten(here.combined(params, frozen), is_leaf=is_derived)
+        return Pretrained(config, self.tokenizer, self.objective,
+                          tree.nest({n: jax.jit(made)(p) if is_derived(p) else p for n, p in combined.items()}), step)
 
     def logits(self, tokens, decoder_tokens=None, segment_ids=None) -> np.ndarray:
         """Returns float32 [B, T, V] for int tokens [B, T]: what the model expects after each token.
@@ -207,8 +226,9 @@ class Pretrained:
                 if self._has_encoder:
                     context, read = self._encoded(read), [np.array([self.objective.start_id])] * len(read)
                 made = decode.complete(
-                    self.objective, params, read, context=context, max_new_tokens=max_new_tokens, sampling=sampling, seeds=(seed + np.array(which)) % 2**32,
-                    n=len(which) // rows, logprobs=logprobs, stopped=stopped if stop else None, stop_ids=stop_ids,
+                    self.objective, params, read, context=context, max_new_tokens=max_new_tokens, sampling=sampling,
+                    seeds=(seed + np.array(which)) % 2**32, n=len(which) // rows, logprobs=logprobs,
+                    stopped=stopped if stop else None, stop_ids=stop_ids,
                     steps_per_dispatch=min(STEPS, max_new_tokens))
                 for i, each in zip(which, made):
                     out[i] = each
@@ -217,7 +237,8 @@ class Pretrained:
     def generate(self, prompts, *, n: int = 1, stop=(), stop_at_end: bool = True, **how) -> list[str]:
         """Returns n texts that continue each prompt, without the prompt: those of a prompt follow each other.
 
-        Of a model with an encoder, the texts that it makes of each prompt. A prompt is a text, or a chat: a list of {"role": ..., "content": ...} that the tokenizer's template renders.
+        Of a model with an encoder, the texts that it makes of each prompt. A prompt is a text, or a chat: a list of
+        {"role": ..., "content": ...} that the tokenizer's template renders.
 
         Args:
           stop: strings that end a text and are not part of it.

@@ -54,7 +54,9 @@ def _flags(fv):
     flags.DEFINE_multi_string("api_key", [], "accept requests with this key only; may be given several times. Or in "
                               "the environment, where other users do not see it: FM_JAX_API_KEY", flag_values=fv)
     flags.DEFINE_string("model_name", "", "the model's name; default that of the folder", flag_values=fv)
-    flags.DEFINE_integer("slots", 8, "requests continued at once", flag_values=fv, lower_bound=1)
+    flags.DEFINE_string("adapters", "", "runs of adapters of this model, as in polite=runs/polite,sql=runs/sql; a "
+                        "request names one as its model", flag_values=fv)
+    flags.DEFINE_integer("slots", 8, "requests continued at once, of each model", flag_values=fv, lower_bound=1)
     flags.DEFINE_integer("max_length", 2048, "most tokens of a prompt and its continuation; at most the model's "
                          "context", flag_values=fv, lower_bound=2)
     flags.DEFINE_integer("max_waiting", 128, "continuations in the queue; more are refused with 429", flag_values=fv,
@@ -195,15 +197,18 @@ class Job(NamedTuple):
     stream: bool
     usage: bool                  # at the end of a stream
     chat: bool
+    model: str                   # its name
 
 
 class Service:
     """The model and its engine, as requests see them. Its methods are quick or run in a thread of their own."""
 
-    def __init__(self, lm, engine, name: str, keys=(), max_body_bytes: int = 8 << 20):
+    def __init__(self, lm, engine, name: str, keys=(), max_body_bytes: int = 8 << 20, adapters=()):
+        """name: of the model. adapters: those of the engine's adapters."""
         from fm_jax.data.prepared import document_ends
 
         self.lm, self.engine, self.name, self.max_body_bytes = lm, engine, name, max_body_bytes
+        self.models = {name: "", **{adapter: adapter for adapter in adapters}}   # -> a Request's model
         self.keys = [key.encode() for key in keys]
         self.created = int(time.time())
         self.token_text = lm.tokenizer.token_text_bytes()
@@ -212,10 +217,13 @@ class Service:
         self.ends = document_ends(lm.tokenizer) if self.continues else ()
         self._longest = max(1, *map(len, self.token_text))
 
-    def named(self, name) -> None:
-        if name is not None and name != self.name:
-            raise Refused(404, f"the model {name!r} is not served here; this is {self.name!r}", param="model",
+    def named(self, name: str | None) -> str:
+        """Returns the name of the model that a request means. Raises Refused for another's."""
+        if name is not None and name not in self.models:
+            here = ", ".join(map(repr, self.models))
+            raise Refused(404, f"the model {name!r} is not served here; this is {here}", param="model",
                           code="model_not_found")
+        return self.name if name is None else name
 
     def fields(self, body: bytes) -> Fields:
         fields = Fields(body)
@@ -349,7 +357,7 @@ class Service:
         options = fields.raw("stream_options")
         usage = isinstance(options, dict) and options.get("include_usage") is True
         return Job(prompts, n, max_tokens, sampling, seed, stop, tuple(dict.fromkeys(map(int, ends))), logprobs, echo,
-                   fields.bool("stream"), usage, chat)
+                   fields.bool("stream"), usage, chat, self.named(fields.text("model")))
 
     def text(self, ids) -> str:
         return b"".join(self.token_text[i] for i in ids).decode(errors="replace")
@@ -453,11 +461,11 @@ def start(service, request, job: "Job") -> AsyncIterator["Piece"]:
     wanted = {}
     for i, prompt in enumerate(job.prompts):
         if scored:
-            wanted["prompt", i] = {"ids": prompt.ids}
+            wanted["prompt", i] = {"ids": prompt.ids, "model": service.models[job.model]}
         for choice in range(i * job.n, (i + 1) * job.n) if continued else ():
             wanted["choice", choice] = {
                 "ids": prompt.ids, "max_tokens": job.max_tokens, "sampling": job.sampling,
-                "seed": (job.seed + choice) % 2**32, "stop_ids": job.stop_ids}
+                "seed": (job.seed + choice) % 2**32, "stop_ids": job.stop_ids, "model": service.models[job.model]}
     return _pieces(service, Run(service, request, wanted), job, scored, continued)
 
 
@@ -554,7 +562,7 @@ class Format:
         self.prompt_tokens = sum(len(prompt.ids) for prompt in job.prompts)
         kind = ("chat.completion", "chatcmpl") if job.chat else ("text_completion", "cmpl")
         self._head = {"id": f"{kind[1]}-{secrets.token_hex(12)}", "object": kind[0], "created": int(time.time()),
-                      "model": service.name}
+                      "model": job.model}
 
     def usage(self, made: int) -> dict:
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": made,
@@ -674,12 +682,11 @@ def app(service: Service):
         return Route(path, handle, methods=[method])
 
     async def models(request):
-        one = {"id": service.name, "object": "model", "created": service.created, "owned_by": "fm_jax",
-               "max_model_len": service.engine.max_length}
+        one = lambda name: {"id": name, "object": "model", "created": service.created, "owned_by": "fm_jax",
+                            "max_model_len": service.engine.max_length}
         if "name" in request.path_params:
-            service.named(request.path_params["name"])
-            return reply(one)
-        return reply({"object": "list", "data": [one]})
+            return reply(one(service.named(request.path_params["name"])))
+        return reply({"object": "list", "data": [one(name) for name in service.models]})
 
     def generate(parse):
         async def answer(request):
@@ -697,7 +704,9 @@ def app(service: Service):
             raise Refused(400, "dimensions is not supported: this model's embeddings have one size", param="dimensions")
         form = choose(fields.text("encoding_format", "float"), ("float", "base64"), "encoding_format")
         prompts = await asyncio.to_thread(service.prompts, fields, "input")
-        found, run = {}, Run(service, request, {i: {"ids": p.ids} for i, p in enumerate(prompts)})
+        name = service.named(fields.text("model"))
+        wanted = {i: {"ids": p.ids, "model": service.models[name]} for i, p in enumerate(prompts)}
+        found, run = {}, Run(service, request, wanted)
         try:
             while len(found) < len(prompts):
                 i, reading = await run.part()
@@ -708,7 +717,7 @@ def app(service: Service):
             lambda x: base64.b64encode(x.astype("<f4").tobytes()).decode())
         tokens = sum(len(p.ids) for p in prompts)
         data = [{"object": "embedding", "index": i, "embedding": encode(found[i])} for i in sorted(found)]
-        return reply({"object": "list", "model": service.name, "data": data,
+        return reply({"object": "list", "model": name, "data": data,
                       "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
 
     def told(answer):
@@ -751,14 +760,22 @@ def main(args):
     keys = [*args.api_key, *filter(None, os.environ.get("FM_JAX_API_KEY", "").split(","))]
     listener = _bind(args.host, args.port)   # before a large model is loaded
     lm = fm_jax.load(args.workdir, step=args.step, mesh=parse_mesh(args.mesh))
+    name, runs = args.model_name or Path(args.workdir).resolve().name, _named_runs(args.adapters)
+    if name in runs:
+        raise UserError(f"--adapters={args.adapters}: {name!r} is the model itself; call the adapter something else")
+    adapters = {each: lm.adapted(run).params for each, run in runs.items()}
     if "decode" in lm.objective.predict:
         engine = Engine(lm, slots=args.slots, max_length=args.max_length, max_waiting=args.max_waiting,
-                        steps_per_dispatch=args.steps_per_dispatch)
+                        steps_per_dispatch=args.steps_per_dispatch, adapters=adapters)
         lm.params = None   # the engine holds them, layer by layer: one copy is enough
         what = f"{args.slots} slots of {engine.max_length} tokens"
+    elif adapters:
+        raise UserError(f"--adapters={args.adapters}: {lm.config.objective} continues no text, and its adapters are "
+                        "not served beside it; serve the run of one of them")
     else:
         engine, what = VectorEngine(lm, max_waiting=args.max_waiting), "vectors of texts"
-    service = Service(lm, engine, args.model_name or Path(args.workdir).resolve().name, keys, args.max_body_bytes)
+    del adapters   # the engine has them
+    service = Service(lm, engine, name, keys, args.max_body_bytes, tuple(runs))
     server = uvicorn.Server(uvicorn.Config(app(service), log_level="warning", access_log=False, lifespan="off"))
     # What a second Ctrl-C cuts off is no error of the server.
     logging.getLogger("uvicorn.error").addFilter(
@@ -768,11 +785,21 @@ def main(args):
     _allow_connections()
     listener.listen(BACKLOG)   # what connects from now on is answered
     host, port = listener.getsockname()[:2]
-    print(f"{service.name}: http://{f'[{host}]' if ':' in host else host}:{port}/v1, {what}", flush=True)
+    print(f"{', '.join(service.models)}: http://{f'[{host}]' if ':' in host else host}:{port}/v1, {what}", flush=True)
     try:
         server.run(sockets=[listener])
     finally:
         engine.close()
+
+
+def _named_runs(text) -> dict[str, str]:
+    """Returns {name: folder} of "a=runs/a,b=runs/b". Raises UserError for anything else."""
+    pairs = [item.partition("=") for item in text.split(",") if item]
+    if bad := [f"{name}{equals}{folder}" for name, equals, folder in pairs if not (name and folder)]:
+        raise UserError(f"--adapters={text}: {bad[0]!r} is not of the form name=run, as in polite=runs/polite")
+    if len({name for name, _, _ in pairs}) < len(pairs):
+        raise UserError(f"--adapters={text}: a name is given twice")
+    return {name: folder for name, _, folder in pairs}
 
 
 def _bind(host, port) -> socket.socket:

@@ -211,6 +211,17 @@ def test_another_base_is_refused(adapter, base, tmp_path):
         fm_jax.load(folder, base=str(folder))
     with pytest.raises(UserError, match="has all parameters"):
         fm_jax.load(base, base=str(other))
+    with pytest.raises(UserError, match="is of another base"):
+        fm_jax.load(other).adapted(folder)
+    with pytest.raises(UserError, match="not a run of adapters"):
+        fm_jax.load(other).adapted(base)
+
+
+def test_a_model_takes_adapters_and_shares_the_rest(adapter, base):
+    lm = fm_jax.load(base)
+    adapted, whole = lm.adapted(adapter[0]), fm_jax.load(adapter[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), adapted.params, whole.params)
+    assert adapted.params["embed"]["tokens"] is lm.params["embed"]["tokens"] and adapted.step == 6
 
 
 @pytest.mark.parametrize("changes, message", [

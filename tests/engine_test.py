@@ -29,7 +29,7 @@ def tiny(mesh=None, **changes):
     c.data.train = "none"   # trained here, so prompts begin as documents do
     config_lib.override(c, changes)
     tokenizer = tokenizers.load("bytes")
-    objective, shapes = pretrained._abstract(config_lib.resolve(c), tokenizer, mesh)
+    objective, shapes, _ = pretrained._abstract(config_lib.resolve(c), tokenizer, mesh)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: jax.device_put(rng.normal(0, 0.4, s.shape).astype(s.dtype), s.sharding), shapes)
     return pretrained.Pretrained(c, tokenizer, objective, params)
@@ -195,9 +195,9 @@ def held(engine, monkeypatch):
     """Slows the engine to 30 steps a second until it is set, so that requests stay where they are."""
     go, stepped = threading.Event(), engine._stepped
 
-    def slow():
+    def slow(model):
         go.wait(1 / 30)
-        return stepped()
+        return stepped(model)
     monkeypatch.setattr(engine, "_stepped", slow)
     yield go
     go.set()
@@ -206,7 +206,7 @@ def held(engine, monkeypatch):
 
 def test_cancelled_requests_leave_their_slots_to_others(lm, engine, held):
     first = [Answer(engine, ids(5, i), max_tokens=40, seed=i) for i in range(3)]
-    wait_for(lambda: all(engine._active))
+    wait_for(lambda: all(engine._active[""]))
     waiting = [Answer(engine, ids(5, 9), max_tokens=40) for _ in range(2)]
     waiting[0].request.cancelled = first[1].request.cancelled = True
     held.set()
@@ -218,7 +218,7 @@ def test_cancelled_requests_leave_their_slots_to_others(lm, engine, held):
 
 def test_a_full_queue_refuses_all_of_a_submission_or_none(engine, held):
     running = [Answer(engine, ids(4), max_tokens=60) for _ in range(3)]
-    wait_for(lambda: all(engine._active))
+    wait_for(lambda: all(engine._active[""]))
     running += [Answer(engine, ids(4), max_tokens=2) for _ in range(15)]
     with pytest.raises(Busy):
         engine.submit([Request(ids(4), print, max_tokens=2) for _ in range(2)])
@@ -230,7 +230,7 @@ def test_a_full_queue_refuses_all_of_a_submission_or_none(engine, held):
 
 def test_readings_need_no_slot(engine, held):
     running = [Answer(engine, ids(4), max_tokens=60) for _ in range(3)]
-    wait_for(lambda: all(engine._active))
+    wait_for(lambda: all(engine._active[""]))
     waiting, reading = Answer(engine, ids(4), max_tokens=50), Answer(engine, ids(30))
     assert len(reading.first().logprobs) == 29
     assert running[0]._parts.qsize() < 60 and waiting._parts.empty()
@@ -243,7 +243,7 @@ def test_a_request_that_fails_stops_nobody_else(lm, engine, monkeypatch):
     def no_memory(*args):
         raise RuntimeError("out of memory")
     beside = Answer(engine, prompt, max_tokens=30)
-    wait_for(lambda: any(engine._active))
+    wait_for(lambda: any(engine._active[""]))
     monkeypatch.setattr(engine, "_join", no_memory)
     monkeypatch.setattr(engine, "_score", no_memory)
     bad = [Answer(engine, prompt, max_tokens=30), Answer(engine, prompt)]
@@ -263,12 +263,12 @@ def test_a_request_that_fails_stops_nobody_else(lm, engine, monkeypatch):
 
 def test_slots_that_a_failure_took_are_made_anew(lm, engine, held, monkeypatch):
     running = [Answer(engine, ids(6), max_tokens=30) for _ in range(2)]
-    wait_for(lambda: sum(map(bool, engine._active)) == 2)
+    wait_for(lambda: len(engine._running()) == 2)
     stepped = engine._stepped
 
-    def lost():
-        stepped()
-        jax.tree.map(lambda x: x.delete(), engine._slots)
+    def lost(model):
+        stepped(model)
+        jax.tree.map(lambda x: x.delete(), engine._slots[""])
         monkeypatch.setattr(engine, "_stepped", stepped)
         raise RuntimeError("device lost")
     monkeypatch.setattr(engine, "_stepped", lost)

@@ -47,7 +47,7 @@ def opened(folder):
 
     found = hf.open_folder(folder)
     config = hf.read_config(found)
-    objective, abstract = pretrained._abstract(config, None, None)
+    objective, abstract, _ = pretrained._abstract(config, None, None)
     return config, objective, hf.read_params(found, abstract)
 
 

@@ -22,9 +22,10 @@ import numpy as np
 import pytest
 import uvicorn
 
-from fm_jax import serve
+from fm_jax import pretrained, serve, tree
 from fm_jax.decode import find_stop
 from fm_jax.engine import TOP, Engine, Made, VectorEngine
+from fm_jax.errors import UserError
 
 TEMPLATE = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
             "{% if add_generation_prompt %}<assistant>{% endif %}")
@@ -53,9 +54,18 @@ def lm():
 
 
 @pytest.fixture(scope="module")
-def service(lm):
-    engine = Engine(lm, slots=3, max_length=80, max_waiting=24)
-    yield serve.Service(lm, engine, "tiny", max_body_bytes=20_000)
+def other(lm):
+    """Returns the model with other parameters in a part of it, as an adapter makes it."""
+    rng, parts = np.random.default_rng(5), tree.flatten(lm.params)
+    name = "transformer.layers.mlp.w_up"
+    parts[name] = parts[name] + rng.normal(0, 0.4, parts[name].shape).astype(np.float32)
+    return pretrained.Pretrained(lm.config, lm.tokenizer, lm.objective, tree.nest(parts))
+
+
+@pytest.fixture(scope="module")
+def service(lm, other):
+    engine = Engine(lm, slots=3, max_length=80, max_waiting=24, adapters={"loud": other.params})
+    yield serve.Service(lm, engine, "tiny", max_body_bytes=20_000, adapters=("loud",))
     engine.close()
 
 
@@ -78,7 +88,7 @@ def nothing_left_and_nothing_compiled(request):
 def slow(service, monkeypatch):
     """Slows the engine to 30 steps a second, until it is set."""
     go, stepped = threading.Event(), service.engine._stepped
-    monkeypatch.setattr(service.engine, "_stepped", lambda: (go.wait(1 / 30), stepped())[1])
+    monkeypatch.setattr(service.engine, "_stepped", lambda model: (go.wait(1 / 30), stepped(model))[1])
     yield go
     go.set()
 
@@ -424,7 +434,7 @@ def test_tokens_and_back(lm, port):
 
 def test_models_health_and_metrics(port):
     complete(port, prompt="To be", max_tokens=5)
-    listed, = ask(port, "/v1/models")["data"]
+    listed, _ = ask(port, "/v1/models")["data"]
     assert listed["id"] == "tiny" and listed["object"] == "model" and ask(port, "/v1/models/tiny") == listed
     assert ask(port, "/health") == {"status": "ok"}
     text = send(port, "/metrics")[2].decode()
@@ -675,7 +685,7 @@ def test_mistakes_of_the_command_line(inline, tmp_path):
 def test_the_openai_client(lm, port):
     openai = pytest.importorskip("openai", reason="the openai client is not installed")
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    assert [m.id for m in client.models.list()] == ["tiny"]
+    assert [m.id for m in client.models.list()] == ["tiny", "loud"]
     want, = lm.generate(["To be"], max_new_tokens=12)
     made = client.completions.create(model="tiny", prompt="To be", max_tokens=12, temperature=0, logprobs=2)
     assert made.choices[0].text == want and len(made.choices[0].logprobs.token_logprobs) == 12
@@ -739,3 +749,33 @@ def test_lm_eval_reads_the_models_own_scores(lm, port):
         ids = np.array([*b"To be"])
         want, = lm.complete([ids], max_new_tokens=12, stop=["\n"], stop_ids=(256, 257))
         assert made[0] == lm.tokenizer.decode(want.tokens).split("\n")[0]
+
+
+# --- a model and its adapters
+
+
+def test_a_request_is_answered_by_the_model_that_it_names(port, lm, other, service):
+    """Each as alone, though they run side by side; what the models share is in memory once."""
+    assert [m["id"] for m in ask(port, "/v1/models")["data"]] == ["tiny", "loud"]
+    assert ask(port, "/v1/models/loud")["id"] == "loud"
+    prompts, models = ["To be", "or not", "that is"], {"tiny": lm, "loud": other}
+    wanted = {(name, p): model.generate([p], max_new_tokens=20)[0] for name, model in models.items() for p in prompts}
+    assert len(set(wanted.values())) == 6
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        answers = {key: pool.submit(complete, port, model=key[0], prompt=key[1], max_tokens=20, temperature=0)
+                   for key in wanted}
+    for (name, prompt), answer in answers.items():
+        assert answer.result()["model"] == name and answer.result()["choices"][0]["text"] == wanted[name, prompt]
+    vectors = [ask(port, "/v1/embeddings", {"model": name, "input": "a"})["data"][0]["embedding"] for name in models]
+    assert vectors[0] != vectors[1]
+    status, _, content = send(port, "/v1/completions", {"model": "quiet", "prompt": "a"})
+    assert status == 404 and b"'quiet' is not served here; this is 'tiny', 'loud'" in content
+    own, adapted = (tree.flatten(service.engine._params[name]["transformer"]["layers"][0]) for name in ("", "loud"))
+    assert {name for name in own if own[name] is not adapted[name]} == {"mlp.w_up"}
+
+
+@pytest.mark.parametrize("text, message", [("a", "'a' is not of the form name=run"), ("a=,b=c", "'a=' is not of"),
+                                           ("a=x,a=y", "a name is given twice")])
+def test_adapters_are_named(text, message):
+    with pytest.raises(UserError, match=message):
+        serve._named_runs(text)
