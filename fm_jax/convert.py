@@ -3,6 +3,7 @@
     python -m fm_jax.convert --from_hf path/to/folder --workdir runs/imported
     python -m fm_jax.convert --from_hf path/to/folder --workdir runs/imported --dtype float32 --mesh fsdp=4,tensor=2
     python -m fm_jax.convert --from_hf model.gguf --workdir runs/imported
+    python -m fm_jax.convert --from_hf catalogue:minilm --workdir runs/minilm
     python -m fm_jax.convert --workdir runs/x --to_hf exported
     python -m fm_jax.convert --workdir runs/adapter --to_run runs/merged
     python -m fm_jax.convert --workdir runs/x --to_run runs/x_nf4 --quantize nf4
@@ -10,8 +11,10 @@
     python -m fm_jax.convert --from_peft path/to/adapter --base runs/imported --workdir runs/adapter
 
 Reads safetensors, in one file or several, of the families gpt2, gpt_neox (Pythia), llama (SmolLM), mistral, mixtral,
-qwen2, qwen3, qwen3_moe, gemma2, gemma3_text, phi3, olmo2, bert, roberta and distilbert, and GGUF files of architecture
-llama (dequantised; needs the package gguf). Tokenizer and chat template come along.
+qwen2, qwen3, qwen3_moe, gemma2, gemma3_text, phi3, olmo2, bert, roberta, distilbert, mpnet and modernbert, and GGUF
+files of architecture llama (dequantised; needs the package gguf). Tokenizer and chat template come along. Folders of
+sentence-transformers, and bare encoders (BertModel, RobertaModel, DistilBertModel, MPNetModel, ModernBertModel), become
+models whose `embed` gives what theirs give; those of mistral, qwen2 and qwen3 too. They go out as such folders.
 The run it writes is at step 0, for evaluate, generate and fm_jax.load; training goes on from its weights in a run of
 its own, with --config.checkpoint.init_from. What it exports opens with transformers' AutoModelForCausalLM (or
 AutoModelForMaskedLM): the average of the parameters where the run keeps one, in the family that it was imported from,
@@ -21,6 +24,7 @@ prompt that is to begin where documents began in training spells it out: "<s>Onc
 A run of adapters is merged with its base by --to_run and --to_hf. Adapters alone come and go in PEFT's format.
 """
 
+import os
 import re
 
 from absl import flags
@@ -33,8 +37,8 @@ from fm_jax.errors import UserError
 
 def _flags(fv):
     flags.DEFINE_string("workdir", None, "the run's folder", flag_values=fv, required=True)
-    flags.DEFINE_string("from_hf", None, "folder to import (config.json, safetensors, tokenizer), or GGUF file",
-                        flag_values=fv)
+    flags.DEFINE_string("from_hf", None, "folder to import (config.json, safetensors, tokenizer), GGUF file, or "
+                        "catalogue:NAME (minilm, smollm2)", flag_values=fv)
     flags.DEFINE_string("from_peft", None, "folder of an adapter to import, for the run --base", flag_values=fv)
     flags.DEFINE_string("to_hf", None, "folder to export to; made, or empty", flag_values=fv)
     flags.DEFINE_string("to_peft", None, "folder to export the run's adapters to; made, or empty", flag_values=fv)
@@ -68,8 +72,12 @@ def main(args):
 
 def _import(args):
     from fm_jax import pretrained, tree
+    from fm_jax.data import catalogue
 
-    lm = pretrained.load_hf(args.from_hf, mesh=pretrained.parse_mesh(args.mesh), dtype=args.dtype or "")
+    folder, named = args.from_hf, args.from_hf.removeprefix("catalogue:")
+    if named != folder:
+        folder = catalogue.weights(named, os.environ.get("FM_JAX_CACHE", catalogue.DEFAULT_CACHE))
+    lm = pretrained.load_hf(folder, mesh=pretrained.parse_mesh(args.mesh), dtype=args.dtype or "")
     _write_run(args.workdir, lm.config, lm.params, lm.tokenizer, flag="workdir")
     arch = lm.objective.arch
     print(f"{args.workdir}: {tree.count(lm.params):,} parameters in {arch.param_dtype}, activations in {arch.dtype}, "

