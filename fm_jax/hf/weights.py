@@ -55,12 +55,13 @@ def read(path, family: Family, model: Model, entries: dict[str, Entry], abstract
 
         def piece(index):
             chosen, inside = parts[(*index[: len(outer)], ...)], index[len(outer) :]
-            out = []
-            for part in chosen.flat:
-                out.append(_view(part.entry.read(), part, sizes)[inside].astype(leaf.dtype))
-                if not np.isfinite(out[-1]).all():
+            shape = tuple(len(range(*cut.indices(n))) for cut, n in zip(inside, leaf.shape[len(outer) :]))
+            out = np.empty((chosen.size, *shape), leaf.dtype)   # all that the host holds beside the result
+            for i, part in enumerate(chosen.flat):
+                out[i] = _view(part.entry.read(), part, sizes)[inside]
+                if not np.isfinite(out[i]).all():
                     raise UserError(f"{part.entry.path}: {part.entry.key} has values that are not finite")
-            return np.stack(out).reshape((*chosen.shape, *out[0].shape))
+            return out.reshape((*chosen.shape, *shape))
 
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, piece)
 
