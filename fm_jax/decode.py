@@ -485,12 +485,15 @@ class Beam(NamedTuple):
 
 
 def beam_search(objective, params, prompts: list[np.ndarray], *, max_new_tokens: int, num_beams: int,
-                length_penalty: float = 1.0, stop_ids=(), vocab_size: int = 0, context=None) -> list[list[Beam]]:
+                length_penalty: float = 1.0, stop_ids=(), vocab_size: int = 0, context=None,
+                change=None) -> list[list[Beam]]:
     """Returns the best continuations of each prompt, num_beams at most, best first.
 
     A prompt is done when no unfinished beam, at its present length, has a better score than the worst of num_beams
     finished ones. length_penalty: above 0 favours long continuations, below 0 short ones. vocab_size as in `Sampling`,
     context as in `complete`.
+    change: before each token, a function of (logits, float32 [beams, V], the tokens of each so far) on the host, which
+      returns the logits that count, such as -inf for what may not follow.
 
     Source: as `generate(num_beams=..., early_stopping=False)` of transformers, with one list of finished beams.
 
@@ -515,6 +518,8 @@ def beam_search(objective, params, prompts: list[np.ndarray], *, max_new_tokens:
     parents = np.zeros((len(prompts), W), np.int32)   # of a prompt that is done, any
     for made in range(1, max_new_tokens + 1):
         sums = np.array([[total for _, total in beams] for beams in running], np.float32)
+        if change is not None:
+            logits = change(np.array(distributed.fetch(logits)), [ids for beams in running for ids, _ in beams])
         # One beam ends in each of the stop tokens at most: these leave num_beams that go on.
         best = distributed.fetch(_candidates(logits, sums, (len(stop_ids) + 1) * W, vocab_size))
         for i in np.flatnonzero(~done):

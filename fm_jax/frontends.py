@@ -347,3 +347,54 @@ class ImageModel(nn.Module):
         vector = {"attention": lambda: self.pool(hidden), "first": lambda: hidden[:, 0],
                   "mean": lambda: hidden.mean(1, dtype=jnp.float32).astype(hidden.dtype)}[self.arch.pooling]()
         return vector, hidden, taps
+
+
+# --- sound ------------------------------------------------------------------------------------------------------------
+
+class AudioStem(nn.Module):
+    """Log-mel frames to x [B, frames / 2, D]: two convolutions over three frames, and fixed positions.
+
+    Source: arXiv:2212.04356, section 2.2.
+    """
+
+    arch: Architecture          # of the encoder; it hears 2 max_seq_len frames
+    num_mels: int
+    layout: Layout | None = None
+
+    @nn.compact
+    def __call__(self, frames_BFC):
+        a, x = self.arch, frames_BFC.astype(self.arch.dtype)
+        for number, (channels, stride) in enumerate(((self.num_mels, 1), (a.embed_dim, 2)), 1):
+            w = param(self, f"conv{number}", fan_in(3 * channels), a.param_dtype, taps=3, channels=channels,
+                      embed=a.embed_dim)
+            bias = param(self, f"conv{number}_bias", zeros, a.param_dtype, norm=a.embed_dim)
+            x = jax.lax.conv_general_dilated(x, w.astype(x.dtype), (stride,), ((1, 1),),
+                                             dimension_numbers=("NWC", "WIO", "NWC"))
+            x = jax.nn.gelu(x + bias.astype(x.dtype), approximate=False)
+        table = param(self, "positions", _sinusoids, a.param_dtype, position=a.max_seq_len, norm=a.embed_dim)
+        x += jax.lax.stop_gradient(table)[: x.shape[1]].astype(x.dtype)   # fixed, but files have it
+        return self.layout.constrain(x, "batch", "length", "embed") if self.layout else x
+
+
+def _sinusoids(key, shape, dtype):
+    """Returns Whisper's positions: sines and then cosines of wavelengths from 2 pi to 10,000 times that."""
+    half = shape[1] // 2
+    angles = jnp.arange(shape[0])[:, None] * jnp.exp(-np.log(10000) / (half - 1) * jnp.arange(half))
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1).astype(dtype)
+
+
+class SpeechModel(EncoderDecoder):
+    """Speech to text: an encoder of log-mel frames, a decoder with its table of tokens, and the head."""
+
+    num_mels: int = 80
+
+    def setup(self):
+        self.embed = TokenEmbed(self.arch, self.layout)
+        self.stem = AudioStem(self.encoder_arch, self.num_mels, self.layout)
+        self.encoder = Transformer(self.encoder_arch, self.layout)
+        self.decoder = Transformer(self.arch, self.layout)
+
+    def encode(self, frames_BFC, key=None, capture=()):
+        """Returns (hidden states [B, S, D], taps) of log-mel frames, S = F / 2."""
+        hidden, _, taps = self.encoder(self.stem(frames_BFC), key=key, capture=capture)
+        return hidden, taps

@@ -11,16 +11,17 @@
 import operator
 import os
 import pathlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax import adapt, checkpoint, config as config_lib, decode, distributed, hf, objectives, quantize, scoring
-from fm_jax import images as images_lib, sharding, storage, tree
+from fm_jax import adapt, audio, checkpoint, config as config_lib, decode, distributed, hf, objectives, quantize
+from fm_jax import images as images_lib, scoring, sharding, storage, tree
 from fm_jax.data.prepared import document_ends
 from fm_jax.errors import UserError, choose
-from fm_jax.model import is_derived, made, merged
+from fm_jax.model import Cache, is_derived, made, merged
 
 EMBED_TOKENS = 4096   # of the texts in one call
 STEPS = 8   # tokens between two looks of the host; with 1 a GPT-2-like model is 1.2 times slower at 8 rows, 1.05 at 1
@@ -110,6 +111,15 @@ def parse_mesh(text: str) -> dict[str, int] | None:
     return sizes or None
 
 
+class Transcript(NamedTuple):
+    """What `Pretrained.transcribe` heard."""
+
+    text: str
+    language: str                                      # that it was told or found
+    segments: tuple[tuple[float, float, str], ...]     # start and end in seconds, and text, with timestamps
+    notes: tuple[str, ...]                             # what was done to the sound first; "silence"
+
+
 class Pretrained:
     """A language model with its parameters and tokenizer. Inputs and outputs are NumPy or Python values."""
 
@@ -124,6 +134,7 @@ class Pretrained:
         self._parts = self.module.layout.batch_parts   # the mesh cuts every batch into so many: rows are added to fit
         self._batch_size = -(-16 // self._parts) * self._parts
         self._has_encoder = "encode" in objective.predict
+        self._hears = self._has_encoder and hasattr(objective, "num_mels")
         jitted = ("logits", "hidden", "embed", "encode", "classes", "values", "tags", "answers")
         self._jitted = {name: jax.jit(f) for name, f in objective.predict.items() if name in jitted}
         self._layers = [], None   # (arrays of params, what decode.per_layer made of them), when first needed
@@ -154,7 +165,8 @@ class Pretrained:
         """Returns float32 [B, T, V] for int tokens [B, T]: what the model expects after each token.
 
         Of a model with an encoder, that reads `tokens` [B, S], after each of `decoder_tokens` [B, T], which begin with
-        `objective.start_id`. segment_ids [B, S]: 0 where a source is padding.
+        `objective.start_id`. segment_ids [B, S]: 0 where a source is padding. Of one that hears, `tokens` are log-mel
+        frames [B, F, C] (`audio.log_mel`).
         """
         self._must("give logits", "logits")
         logits = distributed.fetch(self._jitted["logits"](self.params, *self._inputs(tokens, decoder_tokens, segment_ids)))
@@ -254,6 +266,65 @@ class Pretrained:
         ends = [decode.find_stop(text, stop) for text in texts]
         return [text[:at] if found else text for text, (at, found) in zip(texts, ends)]
 
+    def transcribe(self, sounds, *, language: str = "", task: str = "", timestamps: bool = False, num_beams: int = 1,
+                   max_new_tokens: int = 0, rate: int = audio.RATE) -> list[Transcript]:
+        """Returns what is said in each sound: the path of a WAV file, or samples [n] or [n, channels] at `rate`.
+
+        Windows of as much sound as the model hears follow each other, each on its own; a word that the end of one cuts
+        may be lost. What of silence has no text. Other rates and channels are brought to one of 16 kHz: `notes` say it.
+
+        Args:
+          language: as "en"; "": the likeliest, by the first window of each sound.
+          task: "translate" (into English), or "" as in training, which is "transcribe".
+          timestamps: also give `segments`, in seconds.
+          num_beams: 1: the likeliest token each time.
+
+        Raises:
+          UserError: not a model of speech, a sound that cannot be heard (`audio.prepared`), an unknown language.
+        """
+        if not self._hears:
+            raise UserError(f"{self.config.objective} hears nothing: transcribe is of a model of speech")
+        objective = self.objective
+        window_s, T = objective.frames * audio.HOP / audio.RATE, objective.frames * audio.HOP
+        prepared = [audio.prepared(sound, rate) for sound in sounds]
+        windows = [(i, at) for i, (x, _) in enumerate(prepared) for at in range(0, len(x), T)
+                   if np.abs(x[at : at + T]).max() >= audio.SILENCE]
+        told = {i: language for i in range(len(sounds))} if language else {}
+        parts, beams = {}, {}
+        for begin in range(0, len(windows), self._batch_size):
+            chosen = windows[begin : begin + self._batch_size]
+            frames = np.stack([audio.log_mel(prepared[i][0][at : at + T], objective.num_mels, objective.frames)
+                               for i, at in chosen])
+            rows = -(-len(frames) // self._parts) * self._parts
+            context = self._jitted["encode"](self.params, self._checked_frames(frames))
+            if not language:
+                for (i, _), found in zip(chosen, self._languages(context, rows)):
+                    told.setdefault(i, found)
+            prompts = [objective.prompt(told[i], task or objective.task, timestamps) for i, _ in chosen]
+            prompts += prompts[:1] * (rows - len(prompts))
+            room = objective.arch.max_seq_len - len(prompts[0])
+            made = decode.beam_search(
+                objective, self._per_layer(), prompts, max_new_tokens=min(max_new_tokens or room, room),
+                num_beams=num_beams, stop_ids=[self.tokenizer.eos_id], vocab_size=self.tokenizer.vocab_size,
+                context=context, change=objective.allowed(timestamps))
+            beams |= {key: each[0] for key, each in zip(chosen, made)}
+        for (i, at), beam in beams.items():
+            parts.setdefault(i, []).extend(objective.segments(beam.tokens, at / audio.RATE, window_s))
+        return [Transcript(" ".join(text for _, _, text in parts.get(i, []) if text), told.get(i, language),
+                           tuple(parts.get(i, [])) if timestamps else (), tuple(notes))
+                for i, (_, notes) in enumerate(prepared)]
+
+    def _languages(self, context, rows):
+        """Returns the likeliest language of each row."""
+        known = self.objective.languages
+        if not known:
+            return ["en"] * rows
+        start = np.full((rows, 1), self.objective.special("startoftranscript"), np.int32)
+        cache = Cache.empty(self.objective.arch, rows, 16)._replace(context=context)
+        logits, _ = jax.jit(self.objective.predict["decode"])(self.params, start, cache)
+        ids = np.array(list(known.values()))
+        return [list(known)[i] for i in distributed.fetch(logits)[:, ids].argmax(-1)]
+
     def encode(self, texts) -> list[np.ndarray]:
         """Returns the token ids of each text, int32 [n], as other libraries read it; see `scoring.encode`."""
         return scoring.encode(self.tokenizer, _texts("texts", texts))
@@ -269,6 +340,8 @@ class Pretrained:
             chats = [isinstance(p, list) for p in prompts]
             prompts = [self.tokenizer.chat(p) if chat else p for p, chat in zip(prompts, chats)]
         texts, (start, end) = _texts("prompts", prompts), document_ends(self.tokenizer)
+        if self._hears:
+            raise UserError(f"{self.config.objective} reads sound, not text: use transcribe")
         if self._has_encoder:
             return [np.append(ids, end).astype(np.int32) for ids in self.tokenizer.encode_batch(texts, special=True)]
         begun = lambda text: np.array([start, *self.tokenizer.encode(text)], np.int32)
@@ -455,13 +528,26 @@ class Pretrained:
                                 f"{self.config.objective} has none")
             return self._checked(tokens),
         if decoder_tokens is None or len(decoder_tokens) != len(tokens):
-            raise UserError("a model with an encoder needs decoder_tokens too, a row for each of tokens, which begins "
-                            f"with {self.objective.start_id}")
+            raise UserError("a model with an encoder needs decoder_tokens too, a row for each of tokens")
+        if self._hears:
+            if segment_ids is not None:
+                raise UserError("segment_ids are of tokens; what a model of sound hears has none")
+            return self._checked_frames(tokens), self._checked(decoder_tokens)
         encoder = self.objective.encoder
         segments = np.ones(np.shape(tokens), np.int32) if segment_ids is None else np.asarray(segment_ids)
         if segments.shape != np.shape(tokens):
             raise UserError(f"segment_ids are {list(segments.shape)}, and tokens {list(np.shape(tokens))}")
         return self._checked(tokens, encoder), self._checked(decoder_tokens), self._checked(segments, encoder)
+
+    def _checked_frames(self, frames):
+        """Returns float32 [B + what the mesh needs, F, C]."""
+        frames, objective = np.asarray(frames, np.float32), self.objective
+        if frames.ndim != 3 or frames.shape[2] != objective.num_mels or not 0 < frames.shape[1] <= objective.frames:
+            raise UserError(f"frames are {list(frames.shape)}; expected [batch, at most {objective.frames}, "
+                            f"{objective.num_mels}]")
+        if not np.isfinite(frames).all():
+            raise UserError("frames have values that are not finite")
+        return np.pad(frames, ((0, -len(frames) % self._parts), (0, 0), (0, 0)))
 
     def _sources(self, sources):
         """Returns (tokens, segment_ids [B, S]) of lists of token ids for the encoder, cut at its context, right-padded."""

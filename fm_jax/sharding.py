@@ -51,6 +51,7 @@ RULES = {
     "block": ((), ()),          # scales of a quantised matrix, along its inputs
     "patch_rows": ((), ()), "patch_columns": ((), ()), "channels": ((), ()),   # of pixels
     "classes": ((), ()),        # few, and rarely a number that a mesh divides
+    "taps": ((), ()),           # of a convolution, which reads `channels`
     "norm": ((), ()),           # scales and biases of norms: small, replicated
     # Cut in the shard_map of pipeline.py alone. By constraints, gradients went wrong silently on the CPU backend of jax
     # 0.10 and 0.11.

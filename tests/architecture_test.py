@@ -18,12 +18,12 @@ PACKAGE = ROOT / "fm_jax"
 # data/ and all in it. A new module takes its place here.
 LAYERS = (
     ("errors", "architecture", "config", "distributed", "tree", "sharding", "hlo", "storage"),
-    ("chip_kernels", "kernels", "ring", "pipeline", "model", "frontends", "images", "tokenizer", "xla_flags"),
+    ("audio", "chip_kernels", "kernels", "ring", "pipeline", "model", "frontends", "images", "tokenizer", "xla_flags"),
     ("objectives", "data", "optim", "checkpoint", "metrics", "gguf", "quantize"),
     ("adapt", "decode", "hf", "scoring", "compiled_step", "step", "topology"),
     ("pretrained", "evals", "engine", "roofline"),
     ("train", "evaluate", "generate", "serve", "lm_eval", "plan", "benchmark", "prepare", "report", "convert",
-     "forecast", "grpo", "annotate", "shrink"),
+     "forecast", "grpo", "annotate", "shrink", "transcribe"),
 )
 SAME_LAYER = {
     ("architecture", "errors"), ("config", "errors"), ("config", "architecture"), ("config", "storage"),

@@ -1,7 +1,7 @@
-"""Families of an encoder and a decoder: T5."""
+"""Families of an encoder and a decoder: T5 and Whisper."""
 
 from fm_jax.errors import choose
-from fm_jax.hf.tables import Family, Row
+from fm_jax.hf.tables import Family, Row, weight_and_bias
 
 
 def _t5_rows(gated: bool) -> tuple[Row, ...]:
@@ -75,4 +75,77 @@ def _t5(gated: bool) -> Family:
         sizes=lambda model: {"B": model.stacks["model"].relative_buckets})
 
 
-FAMILIES = {"t5": _t5(False), "t5_gated": _t5(True)}
+def _whisper_rows() -> tuple[Row, ...]:
+    stem = "model.encoder."
+    rows = [*weight_and_bias(stem + "conv1", "D C W", "stem.conv1", "WCD", ("D", "stem.conv1_bias", "D")),
+            *weight_and_bias(stem + "conv2", "D U W", "stem.conv2", "WUD", ("D", "stem.conv2_bias", "D")),
+            Row(stem + "embed_positions.weight", "P D", "stem.positions", "PD", "encoder"),
+            Row("model.decoder.embed_tokens.weight", "V D", "embed.tokens", "VD"),
+            Row("model.decoder.embed_positions.weight", "P D", "embed.positions", "PD"),
+            Row("proj_out.weight", "V D", "embed.head", "VD")]
+    for side, stack in (("encoder", "encoder"), ("decoder", "model")):
+        layer, ours = f"model.{side}.layers." + "{}.", f"{side}.layers."
+        both = lambda *row: [r._replace(stack=stack) for r in weight_and_bias(*row)]
+        for key, name in (("self_attn", "attention"), ("encoder_attn", "cross"))[: 1 + (side == "decoder")]:
+            for one, axes in (("q", "KGH"), ("v", "KH")):
+                rows += both(f"{layer}{key}.{one}_proj", f"{axes} D", f"{ours}{name}.w{one}", f"D{axes}",
+                             (axes, f"{ours}{name}.{one}_bias", axes))
+            rows.append(Row(f"{layer}{key}.k_proj.weight", "KH D", f"{ours}{name}.wk", "DKH", stack))
+            rows += both(f"{layer}{key}.out_proj", "D KGH", f"{ours}{name}.wo", "KGHD",
+                         ("D", f"{ours}{name}.o_bias", "D"))
+            rows += both(f"{layer}{key}_layer_norm", "D", f"{ours}{name}_norm.scale", "D")
+        rows += both(layer + "fc1", "F D", ours + "mlp.w_up", "DF", ("F", ours + "mlp.up_bias", "F"))
+        rows += both(layer + "fc2", "D F", ours + "mlp.w_down", "FD", ("D", ours + "mlp.down_bias", "D"))
+        rows += both(layer + "final_layer_norm", "D", ours + "mlp_norm.scale", "D")
+        rows += both(f"model.{side}.layer_norm", "D", f"{side}.final_norm.scale", "D")
+    return tuple(rows)
+
+
+_WHISPER_FIXED = dict(norm="layernorm", norm_bias=True, norm_eps=1e-5, gated_mlp=False, qkv_bias=True, key_bias=False,
+                      attention_out_bias=True, mlp_bias=True)
+_SUPPRESSED = {"suppress_tokens": "objective_args.suppress_ids",
+               "begin_suppress_tokens": "objective_args.begin_suppress_ids"}
+_GENERATION = "generation_config.json/"
+
+
+def _whisper_read(settings, place):
+    """Returns what is never written: of generation_config.json, or of config.json, as older folders have it."""
+    either = lambda key: settings.get(_GENERATION + key, settings.get(key)) or ()
+    return {field: tuple(either(key)) for key, field in _SUPPRESSED.items()}
+
+
+def _whisper_write(model):
+    ids = {key: list(model.args[field.rpartition(".")[2]]) for key, field in _SUPPRESSED.items()}
+    return {"is_encoder_decoder": True, **{_GENERATION + key: value for key, value in ids.items() if value}}
+
+
+_WHISPER = Family(
+    "WhisperForConditionalGeneration", "model.", _whisper_rows(),
+    _WHISPER_FIXED | {f"encoder.{name}": value for name, value in _WHISPER_FIXED.items()} | {
+        "position": "learned", "cross_attention": True, "encoder.position": "none", "encoder.causal": False,
+        **{field: () for field in _SUPPRESSED.values()}},
+    (("vocab_size", "vocab_size", 51865), ("vocab_size", "encoder.vocab_size", 51865),
+     ("d_model", "embed_dim", 384), ("d_model", "encoder.embed_dim", 384),
+     ("decoder_layers", "num_layers", 4), ("encoder_layers", "encoder.num_layers", 4),
+     ("decoder_attention_heads", "num_heads", 6), ("encoder_attention_heads", "encoder.num_heads", 6),
+     ("decoder_ffn_dim", "mlp_dim", 1536), ("encoder_ffn_dim", "encoder.mlp_dim", 1536),
+     ("max_target_positions", "max_seq_len", 448), ("max_source_positions", "encoder.max_seq_len", 1500),
+     ("activation_function", "activation", "gelu"), ("activation_function", "encoder.activation", "gelu"),
+     ("tie_word_embeddings", "tie_embeddings", True), ("tie_word_embeddings", "encoder.tie_embeddings", True),
+     ("num_mel_bins", "objective_args.num_mels", 80)),
+    only={"is_encoder_decoder": True, "scale_embedding": False, "is_decoder": False},
+    # Of training, of other heads, and of how transformers generates.
+    harmless=("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop", "init_std",
+              "num_hidden_layers", "decoder_start_token_id", "use_weighted_layer_sum", "classifier_proj_size",
+              "apply_spec_augment", "mask_time_prob", "mask_time_length", "mask_time_min_masks", "mask_feature_prob",
+              "mask_feature_length", "mask_feature_min_masks", "median_filter_width", "max_length", "forced_decoder_ids",
+              *(_GENERATION + key for key in (
+                  "alignment_heads", "decoder_start_token_id", "forced_decoder_ids", "is_multilingual", "lang_to_id",
+                  "language", "max_initial_timestamp_index", "max_length", "no_timestamps_token_id",
+                  "prev_sot_token_id", "return_timestamps", "task", "task_to_id", "_from_model_config"))),
+    objective="fm_jax.objectives.speech.SpeechRecognition", files=("generation_config.json",),
+    read=_whisper_read, write=_whisper_write,
+    keys=(*_SUPPRESSED, *(_GENERATION + key for key in _SUPPRESSED)),
+    sizes=lambda model: {"C": model.args["num_mels"], "W": 3})
+
+FAMILIES = {"t5": _t5(False), "t5_gated": _t5(True), "whisper": _WHISPER}

@@ -2,8 +2,8 @@
 
 Of each: config.json and model.safetensors as transformers writes them, and expected.npz: `tokens` [2, 23], and of them
 `hidden` [2, 23, D] (after the last norm) and `logits` [2, 23, V]; where there is an encoder, of `decoder_tokens`
-[2, 17] behind it, where `mask` [2, 23] is 0 at the padding. Sizes are odd in some way: kv heads are not heads,
-head sizes not the width over the heads, windows shorter than the input. Of the models of images: `images` uint8
+[2, 17] behind it, where `mask` [2, 23] is 0 at the padding, or of log-mel `frames`
+[2, 46, C] in place of tokens. Sizes are odd in some way: kv heads are not heads, head sizes not the width over the heads, windows shorter than the input. Of the models of images: `images` uint8
 [2, 17, 17, 3], whose last pixels fill no patch, the hidden states and vectors of the towers, and the vectors of larger
 images, for which positions are interpolated. Weights are drawn in bfloat16 and stored in
 float32: half of their bytes compress away. Run it with a Python that has torch 2.13.0, transformers 5.23.0 and, for
@@ -74,6 +74,12 @@ SENTENCES = {
 T5 = dict(vocab_size=VOCAB, d_model=20, d_kv=6, d_ff=28, num_layers=2, num_decoder_layers=3, num_heads=4,
           relative_attention_num_buckets=8, relative_attention_max_distance=14)
 SEQ2SEQ = {"t5": ("T5", T5), "t5_gated": ("T5", dict(T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False))}
+SPEECH = {"whisper": ("Whisper", dict(
+    vocab_size=VOCAB, num_mel_bins=7, d_model=20, encoder_layers=2, decoder_layers=3, encoder_attention_heads=2,
+    decoder_attention_heads=5, encoder_ffn_dim=28, decoder_ffn_dim=36, max_source_positions=LENGTH,
+    max_target_positions=32, pad_token_id=0, bos_token_id=1, eos_token_id=1, decoder_start_token_id=2,
+    suppress_tokens=[3, 5], begin_suppress_tokens=[7]))}
+ALL = DECODERS | ENCODERS | SEQ2SEQ | SPEECH
 
 IMAGES = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=30, image_size=17,
               patch_size=5)
@@ -107,11 +113,12 @@ def draw(model):
 
 
 def make(name):
-    kind, settings = (DECODERS | ENCODERS | SEQ2SEQ)[name]
+    kind, settings = ALL[name]
     torch.manual_seed(sum(map(ord, name)))
     config = getattr(transformers, kind + "Config")(**settings)
     auto = getattr(transformers, "AutoModelFor" + (
-        "CausalLM" if name in DECODERS else "MaskedLM" if name in ENCODERS else "Seq2SeqLM"))
+        "CausalLM" if name in DECODERS else "MaskedLM" if name in ENCODERS else "SpeechSeq2Seq" if name in SPEECH else
+        "Seq2SeqLM"))
     model = auto.from_config(config, attn_implementation="eager").float().eval()
     if settings.get("tie_word_embeddings") is False and name in SEQ2SEQ:   # transformers 5 ties what files have apart
         model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
@@ -124,9 +131,14 @@ def make(name):
         more = {"decoder_tokens": torch.randint(2, VOCAB, (2, 17)), "mask": torch.ones_like(tokens)}
         more["mask"][1, 15:] = 0
         given = {"decoder_input_ids": more["decoder_tokens"], "attention_mask": more["mask"]}
+    read = tokens
+    if name in SPEECH:
+        read = torch.randn(2, settings["num_mel_bins"], 2 * LENGTH)
+        given = {"decoder_input_ids": tokens}
+        more = {"frames": read.transpose(1, 2), "decoder_tokens": tokens}
     with torch.no_grad():
-        out = model(tokens, output_hidden_states=True, **given)
-        hidden = out.decoder_hidden_states[-1] if name in SEQ2SEQ else out.hidden_states[-1]
+        out = model(read, output_hidden_states=True, **given)
+        hidden = out.decoder_hidden_states[-1] if given else out.hidden_states[-1]
         if name in ENCODERS:   # of two texts alone, which ours are to have in one row
             alone = lambda text: model(text, output_hidden_states=True).hidden_states[-1][0].numpy()
             texts = {"first": alone(tokens[:1, :13]), "second": alone(tokens[1:, :10])}
@@ -135,7 +147,8 @@ def make(name):
     folder = save(name, model)
     np.savez_compressed(folder / "expected.npz", tokens=tokens.numpy().astype(np.int32),
                         hidden=hidden.numpy(), logits=out.logits.numpy(), **texts,
-                        **{key: value.numpy().astype(np.int32) for key, value in more.items()})
+                        **{key: value.numpy().astype(np.float32 if key == "frames" else np.int32)
+                           for key, value in more.items()})
     print(name, sum(f.stat().st_size for f in folder.iterdir()))
 
 
@@ -242,5 +255,5 @@ def make_of_images(name):
 
 
 if __name__ == "__main__":
-    for each in sys.argv[1:] or DECODERS | ENCODERS | SEQ2SEQ | SENTENCES | OF_IMAGES:
+    for each in sys.argv[1:] or ALL | SENTENCES | OF_IMAGES:
         (make_sentences if each in SENTENCES else make_of_images if each in OF_IMAGES else make)(each)
