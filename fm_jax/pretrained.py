@@ -305,7 +305,7 @@ class Pretrained:
             room = objective.arch.max_seq_len - len(prompts[0])
             made = decode.beam_search(
                 objective, self._per_layer(), prompts, max_new_tokens=min(max_new_tokens or room, room),
-                num_beams=num_beams, stop_ids=[self.tokenizer.eos_id], vocab_size=self.tokenizer.vocab_size,
+                num_beams=num_beams, stop_ids=[self.tokenizer.eos_id],
                 context=context, change=objective.allowed(timestamps))
             beams |= {key: each[0] for key, each in zip(chosen, made)}
         for (i, at), beam in beams.items():

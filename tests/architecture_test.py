@@ -19,7 +19,7 @@ PACKAGE = ROOT / "fm_jax"
 LAYERS = (
     ("errors", "architecture", "config", "distributed", "tree", "sharding", "hlo", "storage"),
     ("audio", "chip_kernels", "kernels", "ring", "pipeline", "model", "frontends", "images", "tokenizer", "xla_flags"),
-    ("objectives", "data", "optim", "checkpoint", "metrics", "gguf", "quantize"),
+    ("objectives", "data", "optim", "checkpoint", "metrics", "ctranslate2", "gguf", "quantize"),
     ("adapt", "decode", "hf", "scoring", "compiled_step", "step", "topology"),
     ("pretrained", "evals", "engine", "roofline"),
     ("train", "evaluate", "generate", "serve", "lm_eval", "plan", "benchmark", "prepare", "report", "convert",

@@ -407,6 +407,45 @@ def rouge(prediction: str, references: list[str], n: int = 0) -> float:
     return max(map(of, references))
 
 
+def word_errors(prediction: str, reference: str) -> tuple[int, int]:
+    """Returns (words that must be put in, taken out or replaced to make the reference of a prediction, its words).
+
+    Of `spoken_words` of both. Their sums' quotient is the word error rate of many texts; it may exceed 1.
+    """
+    ours, theirs = spoken_words(prediction), spoken_words(reference)
+    return _edits(ours, theirs), len(theirs)
+
+
+def character_errors(prediction: str, reference: str) -> tuple[int, int]:
+    """Returns the same of characters, of the words with a space between."""
+    ours, theirs = (" ".join(spoken_words(text)) for text in (prediction, reference))
+    return _edits(ours, theirs), len(theirs)
+
+
+_NUMERALS = dict(zip("0123456789", "zero one two three four five six seven eight nine".split()))
+_SPELT = _NUMERALS | {"mr": "mister", "mrs": "missus", "dr": "doctor"}
+
+
+def spoken_words(text: str) -> list[str]:
+    """Returns the words of a text as one says them: in lower case, without marks and what is in brackets.
+
+    Hyphens part words, apostrophes do not. Single digits and three titles are spelt out, in English.
+    """
+    text = re.sub(r"\[[^\]]*\]|\([^)]*\)|<[^>]*>", " ", text.casefold().replace("\u2019", "'"))
+    words = re.findall(r"\w+(?:'\w+)*", text.replace("_", " "))
+    return [_SPELT.get(word, word) for word in words]
+
+
+def _edits(a, b) -> int:
+    """Returns the fewest insertions, deletions and replacements that make b of a. Source: Levenshtein 1966."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, row = row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (x != y)))
+    return row[-1]
+
+
 def _common_subsequence(a, b):
     """Returns the length of the longest common subsequence of two lists."""
     row = [0] * (len(b) + 1)

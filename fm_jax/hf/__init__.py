@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 
 from fm_jax import config as config_lib
-from fm_jax import gguf
+from fm_jax import ctranslate2, gguf
 from fm_jax import tokenizer as tokenizers
 from fm_jax import tree
 from fm_jax.errors import UserError, choose
@@ -34,9 +34,11 @@ FILE_BYTES = 5_000_000_000    # of an exported file at most, but for a larger te
 
 
 def is_folder(folder) -> bool:
-    """Returns whether a folder has a config.json of Hugging Face (a run's has no model_type), or is a GGUF file."""
+    """Returns whether a folder has a config.json of Hugging Face (a run's has no model_type), or a CTranslate2 model, or
+    is a GGUF file.
+    """
     path = pathlib.Path(folder, "config.json")
-    return _is_gguf(folder) or path.is_file() and "model_type" in read_json(path)
+    return _is_gguf(folder) or ctranslate2.is_folder(folder) or path.is_file() and "model_type" in read_json(path)
 
 
 def _is_gguf(path):
@@ -44,7 +46,7 @@ def _is_gguf(path):
 
 
 class Folder(NamedTuple):
-    """A folder, or a GGUF file, whose headers have been read."""
+    """A folder, also of a CTranslate2 model, or a GGUF file, whose headers have been read."""
 
     path: pathlib.Path
     place: str                      # of the settings, for errors
@@ -69,6 +71,10 @@ def open_folder(path) -> Folder:
         file = gguf.read(path)
         entries = {key: Entry(path, key, "F32", shape, read) for key, (shape, read) in file.tensors.items()}
         return Folder(path, str(path), file.settings, find_family(file.settings, str(path)), entries, file.tokenizer)
+    if ctranslate2.is_folder(path):
+        file = ctranslate2.read(path)
+        entries = {key: Entry(path / "model.bin", key, "F32", *each) for key, each in file.tensors.items()}
+        return Folder(path, str(path), file.settings, find_family(file.settings, str(path)), entries)
     settings, place = read_json(path / "config.json"), str(path / "config.json")
     projection = {}
     if (path / sentences.FILE).is_file():

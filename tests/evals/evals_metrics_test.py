@@ -160,3 +160,19 @@ def test_pass_at_k_stands_for_a_metric_of_each_k():
         metrics.from_fields([{"metric": "pass_at_k"}, {"metric": "exact_match"}], "generate_until", "t")
     with pytest.raises(UserError, match="metric rouge1 has no option 'k'"):
         metrics.from_fields([{"metric": "rouge1", "k": 1}], "generate_until", "t")
+
+
+def test_word_errors_by_hand():
+    errors = metrics.word_errors
+    assert errors("Please press 1, Mr. Smith!", "please press one mister smith") == (0, 5)
+    assert errors("the cat sat", "the cat sat down") == (1, 4) and errors("the bad cat", "the cat") == (1, 2)
+    assert errors("a b c", "x y") == (3, 2) and errors("", "one two") == (2, 2) and errors("it's (beep) on", "it\u2019s on") == (0, 2)
+    assert metrics.character_errors("cold-hearted", "cold herted") == (1, 11)
+    for seed in range(20):   # against all ways to line two short lists up
+        draw = random.Random(seed)
+        a, b = ([draw.choice("xyz") for _ in range(draw.randrange(5))] for _ in range(2))
+        kept = max(sum(a[i] == b[j] for i, j in zip(one, other)) for k in range(min(len(a), len(b)) + 1)
+                   for one in itertools.combinations(range(len(a)), k) for other in itertools.combinations(range(len(b)), k))
+        fewest = min(max(len(a), len(b)), len(a) + len(b) - kept)
+        assert errors(" ".join(a), " ".join(b))[0] >= max(len(a), len(b)) - kept
+        assert errors(" ".join(a), " ".join(b))[0] <= fewest

@@ -2,11 +2,11 @@
 
 Of each: config.json and model.safetensors as transformers writes them, and expected.npz: `tokens` [2, 23], and of them
 `hidden` [2, 23, D] (after the last norm) and `logits` [2, 23, V]; where there is an encoder, of `decoder_tokens`
-[2, 17] behind it, where `mask` [2, 23] is 0 at the padding, or of log-mel `frames`
-[2, 46, C] in place of tokens. Sizes are odd in some way: kv heads are not heads, head sizes not the width over the heads, windows shorter than the input. Of the models of images: `images` uint8
-[2, 17, 17, 3], whose last pixels fill no patch, the hidden states and vectors of the towers, and the vectors of larger
-images, for which positions are interpolated. Weights are drawn in bfloat16 and stored in
-float32: half of their bytes compress away. Run it with a Python that has torch 2.13.0, transformers 5.23.0 and, for
+[2, 17] behind it, where `mask` [2, 23] is 0 at the padding, or of log-mel `frames` [2, 46, C] in place of tokens. Sizes
+are odd in some way: kv heads are not heads, head sizes not the width over the heads, windows shorter than the input. Of
+the models of images: `images` uint8 [2, 17, 17, 3], whose last pixels fill no patch, the hidden states and vectors of the
+towers, and the vectors of larger images, for which positions are interpolated. Weights are drawn in bfloat16 and stored
+in float32: half of their bytes compress away. Run it with a Python that has torch 2.13.0, transformers 5.23.0 and, for
 `sentence_*`, sentence-transformers 6.2.0; the tests that read them, in `tests/hf_test.py`, need none of these.
 
 Try:  .venv-lm-eval-hf/bin/python tests/peers/make_hf_models.py            # all; or the names of some
