@@ -11,13 +11,14 @@
     python -m fm_jax.convert --from_peft path/to/adapter --base runs/imported --workdir runs/adapter
 
 Reads safetensors, in one file or several, of the families gpt2, gpt_neox (Pythia), llama (SmolLM), mistral, mixtral,
-qwen2, qwen3, qwen3_moe, gemma2, gemma3_text, phi3, olmo2, bert, roberta, distilbert, mpnet and modernbert, and GGUF
-files of architecture llama (dequantised; needs the package gguf). Tokenizer and chat template come along. Folders of
-sentence-transformers, and bare encoders (BertModel, RobertaModel, DistilBertModel, MPNetModel, ModernBertModel), become
-models whose `embed` gives what theirs give; those of mistral, qwen2 and qwen3 too. They go out as such folders.
+qwen2, qwen3, qwen3_moe, gemma2, gemma3_text, phi3, olmo2, bert, roberta, distilbert, mpnet, modernbert, t5, whisper,
+vit, clip and siglip, GGUF files of architecture llama (dequantised; needs the package gguf), and CTranslate2 models of
+Whisper. Tokenizer and chat template come along. Folders of sentence-transformers, and bare encoders (BertModel,
+RobertaModel, DistilBertModel, MPNetModel, ModernBertModel), become models whose `embed` gives what theirs give; those
+of mistral, qwen2 and qwen3 too. They go out as such folders.
 The run it writes is at step 0, for evaluate, generate and fm_jax.load; training goes on from its weights in a run of
 its own, with --config.checkpoint.init_from. What it exports opens with transformers' AutoModelForCausalLM (or
-AutoModelForMaskedLM): the average of the parameters where the run keeps one, in the family that it was imported from,
+MaskedLM, Seq2SeqLM, SpeechSeq2Seq): the average of the parameters where the run keeps one, in the family that it was imported from,
 else in the first that can express it (`config.hf_family`). An exported tokenizer of ours puts nothing before a text; a
 prompt that is to begin where documents began in training spells it out: "<s>Once". Layer 5.
 

@@ -14,7 +14,7 @@ REFERENCE = pathlib.Path(__file__).parent / "log_mel"
 
 
 def chirp():
-    """Returns 3 s of a rising tone and noise that comes and goes: what `REFERENCE` was made of, see its README."""
+    """Returns 3 s of a rising tone and noise that comes and goes: what `REFERENCE` was made of, by peers/make_log_mel.py."""
     n = audio.RATE * 3 + 77
     t, noise = np.arange(n) / audio.RATE, np.random.default_rng(0).normal(size=n)
     return (0.3 * np.sin(2 * np.pi * (200 + 400 * t) * t) + 0.05 * noise * (np.sin(3 * t) > 0)).astype(np.float32)

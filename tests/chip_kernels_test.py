@@ -103,10 +103,11 @@ def test_cudnn_gets_no_mask_array_where_its_options_say_all(monkeypatch):
 # --- what is refused, and what "auto" takes -------------------------------------------------------------------------
 
 
-def refused(kernel, mask=Mask(), *, T=256, S=256, H=64, dtype=jnp.bfloat16, softcap=0.0, platform="", context=1):
+def refused(kernel, mask=Mask(), *, T=256, S=256, H=64, dtype=jnp.bfloat16, softcap=0.0, platform="", context=1,
+            biased=False):
     shape = lambda *s: jax.ShapeDtypeStruct(s, dtype)
     return "; ".join(chip_kernels.refusals(
-        kernel, shape(2, T, 2, 1, H), shape(2, S, 2, H), mask, softcap=softcap, context=context,
+        kernel, shape(2, T, 2, 1, H), shape(2, S, 2, H), mask, softcap=softcap, context=context, biased=biased,
         platform=platform or {"splash": "tpu", "cudnn": "cuda"}[kernel]))
 
 
@@ -117,6 +118,7 @@ def refused(kernel, mask=Mask(), *, T=256, S=256, H=64, dtype=jnp.bfloat16, soft
     ("cudnn", dict(dtype=jnp.float32), "takes bfloat16 and float16, not model.dtype=float32"),
     ("splash", dict(H=36), "model.head_dim=36 is no multiple of 8"),
     ("splash", dict(context=2), "mesh.context=2"),
+    ("splash", dict(biased=True), "no bias by distance, as model.position='relative'"),
     ("splash", dict(T=200, S=200), "multiples of 128, not 200 and 200"),
     ("splash", dict(mask=Mask(k_prefix_BS=np.ones((2, 256), bool))), "no mask with a prefix"),
     ("splash", dict(mask=Mask(q_index_BT=np.zeros((2, 256)))), "index arrays"),
