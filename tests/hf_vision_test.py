@@ -161,7 +161,7 @@ def test_transformers_opens_what_is_exported(name, there, tmp_path):
             got = lm.classify_images(list(images))
         else:
             texts = ["a cat", "two"]
-            ids = [lm.objective.encode([t])[0] for t in texts]
+            ids = [lm.objective.text_ids([t])[0] for t in texts]
             tokens = np.array([np.pad(i, (0, 11 - len(i)), constant_values=tokenizer.pad_id) for i in ids])
             want = theirs(input_ids=torch.tensor(tokens).long(), pixel_values=pixels).logits_per_image.softmax(-1)
             got = lm.classify_images(list(images), texts)

@@ -162,11 +162,11 @@ class ImageText:
             weights[i] = images.into(pixels[i], field(record, self.image_key), place_of(record), self.view,
                                      draws[i] if train else None)
         tokens, length = np.zeros((n, self.seq_len), np.int32), np.zeros(n, np.int32)
-        for i, ids in enumerate(self.encode(texts)):
+        for i, ids in enumerate(self.text_ids(texts)):
             tokens[i, : len(ids)], length[i] = ids, len(ids)
         return {"tokens": tokens, "length": length, "images": pixels, "weights": weights}
 
-    def encode(self, texts) -> list[np.ndarray]:
+    def text_ids(self, texts) -> list[np.ndarray]:
         """Returns the token ids, int32 [n], of which the tower makes the vector of each text.
 
         Where it takes the last place of `seq_len`, whatever is there, all of them.
@@ -245,7 +245,7 @@ class ImageText:
         return self._apply(params, tokens_BT, length, method="embed_text", capture=capture)[1:]
 
     def embed_text(self, params, tokens_BT, length_B):
-        """Returns float32 [B, U], vectors of length 1, of the first `length_B` tokens of each row; see `encode`."""
+        """Returns float32 [B, U], vectors of length 1, of the first `length_B` tokens of each row; see `text_ids`."""
         return self._apply(params, tokens_BT, length_B, method="embed_text")[0]
 
     def embed_image(self, params, images_BHWC):

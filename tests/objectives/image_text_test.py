@@ -182,7 +182,7 @@ def test_examples_of_records():
     end = TOKENIZER.eos_id
     assert held_out["tokens"][0, :3].tolist() == [97, 98, end] and held_out["length"].tolist() == [3, T, 2, 1]
     assert held_out["tokens"][1].tolist() == [120] * (T - 1) + [end]
-    assert make("sigmoid")[1].encode(["ab"])[0].tolist() == [97, 98, end] + [TOKENIZER.pad_id] * (T - 3)
+    assert make("sigmoid")[1].text_ids(["ab"])[0].tolist() == [97, 98, end] + [TOKENIZER.pad_id] * (T - 3)
     assert held_out["weights"].tolist() == [1, 1, 0, 0]
     assert (held_out["images"][0] == (200, 30, 30)).all()
     drawn = {int(objective.examples(records[:1], np.array([s], np.uint64))["tokens"][0, 0]) for s in range(30)}
