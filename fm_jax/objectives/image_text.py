@@ -99,7 +99,7 @@ class ImageText:
     mean, std: of each channel, by which pixels in [0, 1] are normalised.
 
     A text is the tokenizer's beginning token, where other libraries put one, the text's, and the end token, up to
-    `config.seq_len`: of a longer one the beginning, and the end token all the same.
+    `config.seq_len`: of a longer one the beginning, and the end token all the same (`cut_frac` says how many).
     Records whose image cannot be read count for nothing.
     """
 
@@ -143,11 +143,13 @@ class ImageText:
     def batch_spec(self, batch_size):
         make = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
         size, channels = self.view.size, self.view.channels
-        return {"tokens": make(self.seq_len), "length": make(), "weights": make(dtype=jnp.float32),
+        return {"tokens": make(self.seq_len), "length": make(), "cut": make(dtype=bool),
+                "weights": make(dtype=jnp.float32),
                 "images": make(size, size, channels, dtype=jnp.uint8)}
 
     def examples(self, records, seeds, train=True):
-        """Returns tokens, int32 [n, seq_len], length, int32 [n], images, uint8 [n, H, W, C], and weights, float32 [n].
+        """Returns tokens, int32 [n, seq_len], length, int32 [n], cut, bool [n], whether a text was longer, images, uint8
+        [n, H, W, C], and weights, float32 [n].
 
         A record has an image, bytes of a file, and a text. Randomness: which text, how the image is cropped.
         """
@@ -162,21 +164,26 @@ class ImageText:
             weights[i] = images.into(pixels[i], field(record, self.image_key), place_of(record), self.view,
                                      draws[i] if train else None)
         tokens, length = np.zeros((n, self.seq_len), np.int32), np.zeros(n, np.int32)
-        for i, ids in enumerate(self.text_ids(texts)):
+        made, cut = self._text_ids(texts)
+        for i, ids in enumerate(made):
             tokens[i, : len(ids)], length[i] = ids, len(ids)
-        return {"tokens": tokens, "length": length, "images": pixels, "weights": weights}
+        return {"tokens": tokens, "length": length, "cut": cut, "images": pixels, "weights": weights}
 
     def text_ids(self, texts) -> list[np.ndarray]:
         """Returns the token ids, int32 [n], of which the tower makes the vector of each text.
 
         Where it takes the last place of `seq_len`, whatever is there, all of them.
         """
-        t = self.tokenizer
-        before, padding = [t.bos_id] * t.adds_bos, [t.eos_id if t.pad_id is None else t.pad_id] * self.seq_len
-        ids = [[*before, *own][: self.seq_len - 1] + [t.eos_id] for own in t.encode_batch(texts)]
-        if self.arch.pooling == "last":
-            ids = [(own + padding)[: self.seq_len] for own in ids]
-        return [np.array(own, np.int32) for own in ids]
+        return self._text_ids(texts)[0]
+
+    def _text_ids(self, texts):
+        """Returns (the ids of each text, bool [n], whether it was longer)."""
+        t, room = self.tokenizer, self.seq_len - 1
+        padding = [t.eos_id if t.pad_id is None else t.pad_id] * (self.seq_len if self.arch.pooling == "last" else 0)
+        whole = [[t.bos_id] * t.adds_bos + own.tolist() for own in t.encode_batch(texts)]
+        ids = [own[:room] + [t.eos_id] for own in whole]
+        ids = [np.array(own + padding[len(own) :], np.int32) for own in ids]
+        return ids, np.array([len(own) > room for own in whole])
 
     def _text(self, record, draw):
         text = field(record, self.text_key)
@@ -190,7 +197,7 @@ class ImageText:
     def random_batch(self, n, rng):
         size = self.view.size
         return {"tokens": rng.integers(0, self.arch.vocab_size, (n, self.seq_len), dtype=np.int32),
-                "length": np.full(n, self.seq_len, np.int32), "weights": np.ones(n, np.float32),
+                "length": np.full(n, self.seq_len, np.int32), "cut": np.zeros(n, bool), "weights": np.ones(n, np.float32),
                 "images": rng.integers(0, 256, (n, size, size, self.view.channels), dtype=np.uint8)}
 
     def init(self, key):
@@ -229,7 +236,8 @@ class ImageText:
         total = weight_B.sum()
         hit = lambda axis: (((agree_B >= among(axis).max(axis)) * weight_B).sum(), total)
         return Loss(nll_B.sum(), total, {
-            "image_to_text_accuracy": hit(1), "text_to_image_accuracy": hit(0)})
+            "image_to_text_accuracy": hit(1), "text_to_image_accuracy": hit(0),
+            "cut_frac": ((batch["cut"] * weight_B).sum(), total)})
 
     def loss(self, params, batch, key=None):
         return self.loss_of(params, self.embed(params, batch, key), batch)

@@ -51,7 +51,7 @@ def batch(weights=(1, 1, 0, 1, 1, 1, 0, 1)):
     """Returns a batch of random texts and images, some of them padding."""
     rng = np.random.default_rng(1)
     out = {"tokens": rng.integers(0, 256, (B, T), dtype=np.int32), "length": rng.integers(2, T, B).astype(np.int32),
-           "weights": np.array(weights, np.float32),
+           "weights": np.array(weights, np.float32), "cut": np.arange(B) < 3,
            "images": rng.integers(0, 256, (B, SIZE + 3, SIZE + 3, 3), dtype=np.uint8)}
     return out
 
@@ -116,6 +116,7 @@ def test_the_loss_is_that_of_numpy(kind):
             want = sum(np.log1p(np.exp((-1 if i == j else 1) * s[i, j])) for i in real for j in real)
         loss = objective.loss(p, data)
         assert float(loss.loss) == pytest.approx(want, rel=1e-4) and float(loss.weight) == len(real)
+        assert float(loss.metrics["cut_frac"][0]) == 2
         hits = sum(s[i, i] == s[i, real].max() for i in real), sum(s[i, i] == s[real, i].max() for i in real)
         assert tuple(float(loss.metrics[f"{n}_accuracy"][0]) for n in ("image_to_text", "text_to_image")) == hits
     np.testing.assert_allclose(objective.similarity(p, *got), s if kind == "sigmoid" else image @ text.T * np.exp(6), rtol=1e-3)
@@ -183,7 +184,7 @@ def test_examples_of_records():
     assert held_out["tokens"][0, :3].tolist() == [97, 98, end] and held_out["length"].tolist() == [3, T, 2, 1]
     assert held_out["tokens"][1].tolist() == [120] * (T - 1) + [end]
     assert make("sigmoid")[1].text_ids(["ab"])[0].tolist() == [97, 98, end] + [TOKENIZER.pad_id] * (T - 3)
-    assert held_out["weights"].tolist() == [1, 1, 0, 0]
+    assert held_out["weights"].tolist() == [1, 1, 0, 0] and held_out["cut"].tolist() == [False, True, False, False]
     assert (held_out["images"][0] == (200, 30, 30)).all()
     drawn = {int(objective.examples(records[:1], np.array([s], np.uint64))["tokens"][0, 0]) for s in range(30)}
     assert drawn == {97, 99, 100}
