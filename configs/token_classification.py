@@ -14,8 +14,8 @@ from fm_jax import config as fm_config
 from fm_jax.errors import choose
 
 _BERT = dict(vocab_size=30522, max_seq_len=512, norm="layernorm", norm_bias=True, norm_eps=1e-12, norm_position="post",
-             final_norm=False, activation="gelu", gated_mlp=False, qkv_bias=True, attention_out_bias=True, mlp_bias=True,
-             position="learned", num_token_types=2, embed_norm=True, dropout=0.1)
+             final_norm=False, activation="gelu", gated_mlp=False, qkv_bias=True, attention_out_bias=True,
+             mlp_bias=True, position="learned", num_token_types=2, embed_norm=True, dropout=0.1)
 SIZES = {
     "tiny": dict(vocab_size=512, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64, max_seq_len=64),
     "demo": dict(vocab_size=4097, num_layers=4, embed_dim=256, num_heads=4, max_seq_len=256, qk_norm="head"),

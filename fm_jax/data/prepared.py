@@ -246,7 +246,11 @@ def trained_and_held_out(train_folder, held_out_folder) -> int:
 
 
 def open_split(folder, split: str, kind: str) -> tuple[dict, dict]:
-    """Returns the manifest of a prepared folder of this kind and its part on a split. Raises UserError if that is empty."""
+    """Returns the manifest of a prepared folder of this kind and its part on a split.
+
+    Raises:
+      UserError: as `read_manifest`; the split is empty.
+    """
     choose(split, SPLITS, "split")
     manifest = read_manifest(folder, kind)
     entry = manifest["splits"][split]
@@ -258,7 +262,7 @@ def open_split(folder, split: str, kind: str) -> tuple[dict, dict]:
 
 
 def check_mapped(files) -> None:
-    """Raises UserError where a memory-mapped file is not what it was at the start: reading what it lost is a bus error."""
+    """Raises UserError where a memory-mapped file is shorter than at the start: reading what it lost is a bus error."""
     for file in files:
         try:
             size = os.stat(file.filename).st_size

@@ -78,10 +78,10 @@ def _look_up(keys, values, wanted):
 
 
 class BM25:
-    """Texts by the words of a query: sum over its words of idf * tf (k1 + 1) / (tf + k1 (1 - b + b length / mean length)).
+    """Texts by the words of a query: the sum over its words of idf * tf (k1 + 1) / (tf + k1 (1 - b + b length / mean)).
 
-    idf = ln(1 + (N - n + 1/2) / (n + 1/2)) of N texts, n of which have the word. Words are lower case, of letters, digits
-    and underscores.
+    idf = ln(1 + (N - n + 1/2) / (n + 1/2)) of N texts, n of which have the word. Words are lower case, of letters,
+    digits and underscores.
     Source: Robertson and Zaragoza 2009, "The probabilistic relevance framework", equation 3.15, with the idf of Lucene,
     which is never negative.
     """
@@ -115,7 +115,7 @@ def _words(text):
 
 
 class Dictionary:
-    """Entities by looking them up: the longest runs of words that were one in half of the places or more where they were seen.
+    """Entities by looking them up: the longest runs of words that were one in half of their places or more.
 
     Case does not count. Tags are O, B-type and I-type.
     """
@@ -149,4 +149,5 @@ class Dictionary:
     def _runs(self, words):
         """Returns (lower-case words, first, one behind the last) of every run that could be an entity."""
         low = [word.lower() for word in words]
-        return [(tuple(low[i:j]), i, j) for i in range(len(low)) for j in range(i + 1, min(i + self._longest, len(low)) + 1)]
+        return [(tuple(low[i:j]), i, j) for i in range(len(low))
+                for j in range(i + 1, min(i + self._longest, len(low)) + 1)]

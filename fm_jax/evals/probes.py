@@ -28,8 +28,8 @@ def linear_probe(features_ND, labels_N, num_classes: int, *, l2: float = 1.0, ma
                  tol: float = 1e-4) -> Linear:
     """Returns the logistic regression of labels (0 to num_classes - 1) on features.
 
-    Of all linear maps the one with the least sum over examples of -log softmax(scores)[label] + l2 / 2 |weight|^2, found
-    by L-BFGS: `C` of scikit-learn's LogisticRegression is 1 / l2. Its gradient is `tol` a example at most.
+    Of all linear maps the one with the least sum over examples of -log softmax(scores)[label] + l2 / 2 |weight|^2,
+    found by L-BFGS: `C` of scikit-learn's LogisticRegression is 1 / l2. Its gradient is `tol` an example at most.
 
     Raises:
       UserError: labels out of range, features that are not finite, an l2 that is not positive; not found in `max_iter`.
@@ -71,7 +71,8 @@ def _fit(x, y, num_classes, l2, max_iter, tol, spread):
         return optax.apply_updates(map_, updates), state, steepness(grad), i + 1
 
     carry = start, solver.init(start), jnp.inf, 0
-    map_, _, steep, i = jax.jit(lambda c: jax.lax.while_loop(lambda c: (c[2] > tol) & (c[3] < max_iter), step, c))(carry)
+    going_on = lambda carry: (carry[2] > tol) & (carry[3] < max_iter)
+    map_, _, steep, i = jax.jit(lambda carry: jax.lax.while_loop(going_on, step, carry))(carry)
     return *units(map_), int(i), float(steep)
 
 

@@ -63,15 +63,15 @@ class _TextHead:
             ends = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
             self.between = self.after or ends
             if self.seq_len <= len(self.before) + len(self.between) + len(self.after) + pairs:
-                raise UserError(f"config.seq_len={self.seq_len}: the tokenizer's own tokens around a text leave no room "
-                                "for it")
+                raise UserError(f"config.seq_len={self.seq_len}: the tokenizer's own tokens around a text leave no "
+                                "room for it")
         self.typed = pairs and self.arch.num_token_types > 1
         self.tokens_per_example = self.seq_len
         unused = 6.0 * self.arch.embed_dim * (self.arch.vocab_size - outputs * (1 / self.seq_len if pooling else 1))
         self.flops_per_example = self.seq_len * (self.arch.flops_per_token(self.seq_len) - unused)
         self._fields = dict(outputs=outputs, pooling=pooling)
         self.module = Headed(self.arch, layout, **self._fields)
-        self.predict = {self.gives: self.outputs, "hidden": self.hidden}
+        self.predict = {self.gives: self.outputs, "hidden": self.hidden} | ({"embed": self.embed} if pooling else {})
 
     def batch_spec(self, batch_size):
         make = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
@@ -98,6 +98,14 @@ class _TextHead:
     def outputs(self, params, tokens_BT, length_B, types_BT=None):
         """Returns what is said of each row's first `length_B` tokens, float32: see the class."""
         return self.activation(self.module.apply({"params": params}, tokens_BT, length_B, types_BT, method="scores"))
+
+    def embed(self, params, tokens_BT, length_B):
+        """Returns float32 [B, D], what the linear map is of, where states are pooled."""
+        return self.module.apply({"params": params}, tokens_BT, length_B, method="states")
+
+    def encode(self, texts) -> list[np.ndarray]:
+        """Returns the token ids, int32 [n], of which `embed` makes the vector of each text."""
+        return self.encode_rows(texts)[0]
 
     def hidden(self, params, tokens_BT, capture=()):
         """Returns (hidden states [B, T, D], taps) of rows without padding."""
@@ -177,9 +185,9 @@ class TextClassification(_TextHead):
 
     def _label(self, record):
         if (label := _name(record, self.label_key, "label_key")) not in self.labels:
+            names = ", ".join(self.labels[:8]) + ", ..." * (len(self.labels) > 8)
             raise UserError(f"{place_of(record)}: {self.label_key!r} is {label!r}, which is none of the "
-                            f"{len(self.labels)} labels ({', '.join(self.labels[:8])}{', ...' * (len(self.labels) > 8)}): "
-                            f"add it to {_ARGS}.labels, or mend the record")
+                            f"{len(self.labels)} labels ({names}): add it to {_ARGS}.labels, or mend the record")
         return self.labels.index(label)
 
     def loss(self, params, batch, key=None):
@@ -266,8 +274,8 @@ class TokenClassification(_TextHead):
             kinds = sorted({label[2:] for label in labels if label != "O"})
             odd = next((label for label in labels if label != "O" and label[:2] not in ("B-", "I-")), None)
             if odd is not None:
-                raise UserError(f"{args['tags_key']!r} has the tag {odd!r}, and {_ARGS}.scheme='bio' knows O, B-type and "
-                                "I-type: set scheme='none' for other tags")
+                raise UserError(f"{args['tags_key']!r} has the tag {odd!r}, and {_ARGS}.scheme='bio' knows O, B-type "
+                                "and I-type: set scheme='none' for other tags")
             labels = ["O", *(f"{b}-{kind}" for kind in kinds for b in "BI")]
         return {"labels": labels}
 
@@ -289,8 +297,8 @@ class TokenClassification(_TextHead):
         return np.array([*self.before, *ids[:room], *self.after], np.int32), places
 
     def examples(self, records, seeds, train=True):
-        """Returns tokens, and of the words the places of their first tokens and their labels, int32 [n, seq_len], weights
-        [n, seq_len], lengths [n], and float32 lost [n], entities of words for which there was no room.
+        """Returns tokens, and of the words the places of their first tokens and their labels, int32 [n, seq_len],
+        weights [n, seq_len], lengths [n], and float32 lost [n], entities of words for which there was no room.
         """
         n, T = len(records), self.seq_len
         rows, there = [], np.array([r is not None for r in records])
@@ -318,12 +326,13 @@ class TokenClassification(_TextHead):
         words, tags = record.get(self.words_key), record.get(self.tags_key)
         if not all(isinstance(each, list) and each for each in (words, tags)) or len(words) != len(tags):
             sizes = [len(each) if isinstance(each, list) else type(each).__name__ for each in (words, tags)]
-            raise UserError(f"{place_of(record)}: {self.words_key!r} and {self.tags_key!r} must be lists of equal length, "
-                            f"got {sizes[0]} and {sizes[1]} (fields: {', '.join(record)}): name them by {_ARGS}.words_key "
-                            "and tags_key, or mend the record")
+            raise UserError(f"{place_of(record)}: {self.words_key!r} and {self.tags_key!r} must be lists of equal "
+                            f"length, got {sizes[0]} and {sizes[1]} (fields: {', '.join(record)}): name them by "
+                            f"{_ARGS}.words_key and tags_key, or mend the record")
         for word in words:
             if not isinstance(word, str) or not word.strip() or word.split() != [word]:
-                raise UserError(f"{place_of(record)}: {word!r} in {self.words_key!r} is no word: no text, or with a space")
+                raise UserError(f"{place_of(record)}: {word!r} in {self.words_key!r} is no word: no text, or with a "
+                                "space")
         unknown = next((tag for tag in map(str, tags) if tag not in self.labels), None)
         if unknown is not None:
             raise UserError(f"{place_of(record)}: {unknown!r} in {self.tags_key!r} is none of the labels "
@@ -350,8 +359,8 @@ class QuestionAnswering(_TextHead):
     `config.objective_args`:
 
     question_key, context_key: fields of a record.
-    answers_key: {"text": [...], "answer_start": [...]}, as of SQuAD, where in the context each answer is, in characters.
-      No answers: there is none, which is the place of the first token. Trained on is the first.
+    answers_key: {"text": [...], "answer_start": [...]}, as of SQuAD, where in the context each answer is, in
+      characters. No answers: there is none, which is the place of the first token. Trained on is the first.
 
     `predict["answers"]`: scores [B, T, 2] of each token as the first and the last; others than the context's and the
     first are not to be chosen.
@@ -374,7 +383,7 @@ class QuestionAnswering(_TextHead):
                 "counts": make(dtype=jnp.float32)}
 
     def row(self, question, context, start: int = 0):
-        """Returns (token ids int32 [t], where the context begins in them, the span of characters of each of its tokens).
+        """Returns (token ids int32 [t], where the context begins in them, the characters of each of its tokens).
 
         start: of the context's tokens the first that is taken. Half of the row is the question's at most.
         """
@@ -386,8 +395,8 @@ class QuestionAnswering(_TextHead):
         return row, len(self.before) + len(asked) + len(self.between), spans
 
     def best(self, scores, begin: int, count: int) -> tuple[int, int, float]:
-        """Returns the first and last token, and their score, of the answer in `count` tokens from `begin`, by the scores
-        [t, 2] of a row. The first token of the row says that there is none.
+        """Returns the first and last token, and their score, of the answer in `count` tokens from `begin`, by the
+        scores [t, 2] of a row. The first token of the row says that there is none.
         """
         scores = np.asarray(scores, np.float64)
         (first, second), none = scores[begin : begin + count].T, float(scores[0].sum())
@@ -421,14 +430,15 @@ class QuestionAnswering(_TextHead):
         question = _text(record, self.question_key, "question_key")
         context = _text(record, self.context_key, "context_key")
         answers = record.get(self.answers_key)
-        texts, starts = (answers.get(k) for k in ("text", "answer_start")) if isinstance(answers, dict) else (None, None)
+        given = answers if isinstance(answers, dict) else {}
+        texts, starts = given.get("text"), given.get("answer_start")
         if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
-            raise UserError(f"{place_of(record)}: {self.answers_key!r} must be {{'text': [...], 'answer_start': [...]}}, "
-                            f"lists of equal length, got {answers!r:.60} (fields: {', '.join(record)})")
+            raise UserError(f"{place_of(record)}: {self.answers_key!r} must be {{'text': [...], 'answer_start': "
+                            f"[...]}}, lists of equal length, got {answers!r:.60} (fields: {', '.join(record)})")
         for text, start in zip(texts, starts):
             if not text or not isinstance(start, int) or context[max(start, 0) : start + len(text)] != text:
-                raise UserError(f"{place_of(record)}: the answer {text!r} is not at character {start!r} of the context: "
-                                "mend answer_start, which counts characters from 0")
+                raise UserError(f"{place_of(record)}: the answer {text!r} is not at character {start!r} of the "
+                                "context: mend answer_start, which counts characters from 0")
         return question, context, (starts[0], starts[0] + len(texts[0])) if texts else None
 
     def loss(self, params, batch, key=None):
@@ -456,11 +466,15 @@ class Headed(TextModel):
         self.head = param(self, "head", normal(0.02), a.param_dtype, embed=a.embed_dim, norm=self.outputs)
         self.bias = param(self, "head_bias", zeros, a.param_dtype, norm=self.outputs)
 
+    def states(self, tokens_BT, length_B, types_BT=None, key=None):
+        """Returns float32 [B, D], pooled, or [B, T, D]."""
+        x, _, _ = self(tokens_BT, segment_ids_BT=real(tokens_BT, length_B), types_BT=types_BT, key=key)
+        return text_vectors(x, length_B, self.pooling) if self.pooling else x.astype(jnp.float32)
+
     def scores(self, tokens_BT, length_B, types_BT=None, key=None):
         """Returns float32 [B, outputs], without pooling [B, T, outputs]."""
         key, head_key = jax.random.split(key) if key is not None else (None, None)
-        x, _, _ = self(tokens_BT, segment_ids_BT=real(tokens_BT, length_B), types_BT=types_BT, key=key)
-        x = text_vectors(x, length_B, self.pooling) if self.pooling else x.astype(jnp.float32)
+        x = self.states(tokens_BT, length_B, types_BT, key)
         x = dropout(x, self.arch.dropout, None if head_key is None else jax.random.split(head_key, len(x)))
         weight, bias = self.head.astype(jnp.float32), self.bias.astype(jnp.float32)
         return jnp.einsum("...d,de->...e", x, weight, precision=jax.lax.Precision.HIGHEST) + bias
@@ -490,8 +504,8 @@ def bio(labels) -> tuple[list[bool], list[int]]:
     """
     odd = next((x for x in labels if x != "O" and (x[:2] not in ("B-", "I-") or not x[2:])), None)
     if odd is not None or "O" not in labels:
-        raise UserError(f"{_ARGS}.labels: {'there is no O' if odd is None else repr(odd)}; with scheme='bio' labels are "
-                        "O, B-type and I-type, and scheme='none' takes others")
+        raise UserError(f"{_ARGS}.labels: {'there is no O' if odd is None else repr(odd)}; with scheme='bio' labels "
+                        "are O, B-type and I-type, and scheme='none' takes others")
     kinds = sorted({label[2:] for label in labels if label != "O"})
     return ([label.startswith("B-") for label in labels],
             [0 if label == "O" else 1 + kinds.index(label[2:]) for label in labels])
@@ -547,8 +561,8 @@ def _names(labels, tokenizer, where):
 def _labels(given, values, key, argument):
     """Returns the labels of the train split, or those given, which must each have an example there."""
     if key not in values:
-        raise UserError(f"{_ARGS}.{argument}={key!r}: the training data has no such field of a thousand different names "
-                        f"at most (it has {', '.join(values) or 'none'}); name the right one")
+        raise UserError(f"{_ARGS}.{argument}={key!r}: the training data has no such field of a thousand different "
+                        f"names at most (it has {', '.join(values) or 'none'}); name the right one")
     found = [str(value) for value in values[key]]
     for label in map(str, given):
         if label not in found:
@@ -560,14 +574,14 @@ def _labels(given, values, key, argument):
 def _name(record, key, argument):
     value = record.get(key)
     if not isinstance(value, (str, int)) or not str(value).strip():
-        raise UserError(f"{place_of(record)}: no label as {key!r}, but {value!r} (fields: {', '.join(record)}): name it by "
-                        f"{_ARGS}.{argument}, or mend the record")
+        raise UserError(f"{place_of(record)}: no label as {key!r}, but {value!r} (fields: {', '.join(record)}): name "
+                        f"it by {_ARGS}.{argument}, or mend the record")
     return str(value)
 
 
 def _text(record, key, argument):
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{place_of(record)}: no text as {key!r}, but {value!r:.60} (fields: {', '.join(record)}): name it "
-                        f"by {_ARGS}.{argument}, or mend the record")
+        raise UserError(f"{place_of(record)}: no text as {key!r}, but {value!r:.60} (fields: {', '.join(record)}): "
+                        f"name it by {_ARGS}.{argument}, or mend the record")
     return value

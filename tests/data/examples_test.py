@@ -1,4 +1,4 @@
-"""Prepared folders of separate examples: what is read is what came, what is held out is held out, and what is refused."""
+"""Prepared folders of separate examples: what is read is what came, what is held out is so, and what is refused."""
 
 import gzip
 import io
@@ -133,8 +133,8 @@ def test_what_is_equal_in_split_by_is_on_one_side(tmp_path):
 def test_the_wrong_kind_of_folder_is_one_clear_line(folder):
     packed = type("Packed", (Numbers,), {"reads": "packed"})()
     for objective, name, message in (
-            (Numbers(), "packed", "packed holds packed text, and what reads it takes separate examples: prepare it with "
-                                  "--examples"),
+            (Numbers(), "packed", "packed holds packed text, and what reads it takes separate examples: prepare it "
+                                  "with --examples"),
             (packed, "a", "a holds separate examples, and what reads it takes packed text: prepare it without")):
         with pytest.raises(UserError, match=message) as error:
             open_batches(make_config(folder / name), objective)

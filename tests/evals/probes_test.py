@@ -1,4 +1,4 @@
-"""The probe by the conditions of its optimum and another optimiser, neighbours by a loop, both by what they must find."""
+"""The probe against another optimiser in float64, neighbours by a loop."""
 
 import numpy as np
 import pytest

@@ -53,7 +53,8 @@ def test_bm25_is_its_formula():
 
 
 def test_the_dictionary_takes_the_longest_that_was_mostly_an_entity():
-    texts = [t.split() for t in ("New York is big", "in new york city", "may I go", "May said so", "may be", "York won")]
+    texts = [t.split() for t in ("New York is big", "in new york city", "may I go", "May said so", "may be",
+                                 "York won")]
     tags = [t.split() for t in ("B-loc I-loc O O", "O B-loc I-loc I-loc", "O O O", "B-per O O", "O O", "B-org O")]
     found = Dictionary(texts, tags)
     assert found.tag("near NEW YORK CITY".split()) == ["O", "B-loc", "I-loc", "I-loc"]
