@@ -87,7 +87,7 @@ class BM25:
     """
 
     def __init__(self, texts: Iterable[str], *, k1: float = 1.5, b: float = 0.75):
-        counts = [collections.Counter(_words(text)) for text in texts]
+        counts = [collections.Counter(words_of(text)) for text in texts]
         self._size, lengths = len(counts), np.array([sum(c.values()) for c in counts], np.float64)
         found = collections.defaultdict(list)
         for document, words in enumerate(counts):
@@ -103,14 +103,15 @@ class BM25:
     def scores(self, query: str) -> np.ndarray:
         """Returns float64 [N], the score of each text."""
         out = np.zeros(self._size)
-        for word in _words(query):
+        for word in words_of(query):
             if word in self._found:
                 documents, values = self._found[word]
                 out[documents] += values
         return out
 
 
-def _words(text):
+def words_of(text: str) -> list[str]:
+    """Returns the words that `BM25` knows of a text."""
     return re.findall(r"\w+", text.lower())
 
 
