@@ -49,23 +49,23 @@ def train(config, workdir) -> dict[str, float]:
     due = lambda every, step: every and (step % every == 0 or step >= config.steps)
     logprobs = jax.jit(objective.logprobs)
 
-    def policy(params):
-        from fm_jax import pretrained
-        return pretrained.Pretrained(config, tokenizer, objective, params)
+    # All parameters of the model as it is: the one that samples is the one that is trained, not an average.
+    policy = lambda state: program.model_params(state.replace(ema=None))
 
     def respond(state, step):
         """Returns (batch on the host, {name: (sum, weight)} of the rewards) of new responses to the next prompts."""
         records = prompts.of_batch(step // updates)
         ids = [prompts.ids(record) for record in records]
         seeds = hash_ints(config.seed, step, np.arange(config.batch_size)) % np.uint64(2 ** 32)
-        made = _sample(policy(state.params), ids, prompts.end, group, seeds)
+        params = policy(state)
+        made = _sample(objective, params, ids, prompts.end, group, seeds)
         rewards = np.array([objective.reward(tokenizer.decode(each.tokens), records[i // group])
                             for i, each in enumerate(made)], np.float64)
         advantages = objective.advantages(rewards)
         responses = [{"prompt": ids[i // group], "response": _with_end(each, prompts.end), "advantage": a}
                      for i, (each, a) in enumerate(zip(made, advantages))]
         batch = objective.examples(responses, None)
-        batch["old"] = np.asarray(logprobs(state.params, program.place(batch)))
+        batch["old"] = np.asarray(logprobs(params, program.place(batch)))
         if reference is not None:
             batch["reference"] = np.asarray(logprobs(reference, program.place(batch)))
         groups = rewards.reshape(-1, group)
@@ -75,9 +75,9 @@ def train(config, workdir) -> dict[str, float]:
                            [len(r["response"]) for r in responses])}
 
     def validate(state, step):
-        lm, rewards = policy(program.eval_params(state)), []
+        params, rewards = program.model_params(state), []
         for records in prompts.held_out():
-            made = _sample(lm, [prompts.ids(r) for r in records], prompts.end)
+            made = _sample(objective, params, [prompts.ids(r) for r in records], prompts.end)
             rewards += [objective.reward(tokenizer.decode(each.tokens), r) for each, r in zip(made, records)]
         values = {"validation/reward": float(np.mean(rewards))}
         progress.note(f"step {step}: validation reward {values['validation/reward']:.4f} of {len(rewards)} problems")
@@ -90,10 +90,14 @@ def train(config, workdir) -> dict[str, float]:
         files = held.enter_context(storage.local(workdir, "metrics.jsonl", "logs/process_0.log"))
         distributed.log_to(files.path)
         state, step, origin = checkpoint.start(workdir, config, program.abstract, program.init, axes=program.axes,
-                                               **described)
+                                               model=program.adaptation.model[0], **described)
+        if program.abstract.frozen is not None:
+            frozen, described["base"] = program.adaptation.read_base(config, layout, checkpoint.base_of(workdir))
+            state = state.replace(frozen=frozen)
         reference = None
         if objective.kl:
-            reference = checkpoint.restore_params(config.checkpoint.init_from, None, program.abstract.params, ema=True)
+            reference = checkpoint.restore_params(config.checkpoint.init_from, None,
+                                                  layout.abstract(*program.adaptation.model), ema=True)
         writer = metrics.Writer(files.path, step, tensorboard=config.log.tensorboard)
         checkpoint.describe_run(workdir, config, step, **described)
         held.enter_context(writer)
@@ -213,14 +217,14 @@ def _check(config, objective, layout):
         raise UserError(f"objective_args.kl={objective.kl} needs the model that it stays near: give --init")
 
 
-def _sample(lm, prompts, end, n=1, seeds=None):
+def _sample(objective, params, prompts, end, n=1, seeds=None):
     """Returns n completions of each prompt (ids), drawn with `seeds`, one for each; without them the likeliest."""
     from fm_jax import decode
 
-    sampling = decode.Sampling(0.0 if seeds is None else 1.0, vocab_size=lm.tokenizer.vocab_size)
-    rows = prompts + prompts[-1:] * (-len(prompts) % lm.module.layout.batch_parts)   # a last batch may have fewer
-    longest = lm.objective.max_new_tokens
-    made = decode.complete(lm.objective, decode.per_layer(lm.params), rows, max_new_tokens=longest, sampling=sampling,
+    sampling = decode.Sampling(0.0 if seeds is None else 1.0, vocab_size=objective.tokenizer.vocab_size)
+    rows = prompts + prompts[-1:] * (-len(prompts) % objective.module.layout.batch_parts)   # the last batch may be short
+    longest = objective.max_new_tokens
+    made = decode.complete(objective, decode.per_layer(params), rows, max_new_tokens=longest, sampling=sampling,
                            seeds=seeds, n=n, stop_ids=[end], steps_per_dispatch=longest)
     return made[: len(prompts) * n]
 
