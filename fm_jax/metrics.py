@@ -12,10 +12,12 @@ Try:  python -c "from fm_jax import metrics; metrics.plot('runs/x/metrics.jsonl'
 
 import collections
 import contextlib
+import itertools
 import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import socket
 import struct
@@ -394,7 +396,7 @@ def profile(folder, first: int, count: int):
 
 
 def plot(metrics_jsonl, png, *, metric: str = "loss", baselines: dict[str, float] | None = None, title="") -> None:
-    """Returns nothing; draws `train/METRIC` and `validation/METRIC` over the steps into a PNG.
+    """Returns nothing; draws `train/METRIC` and `validation/METRIC`, or each `validation/NAME/METRIC`, into a PNG.
 
     `baselines`: {name: value}, horizontal lines.
 
@@ -405,7 +407,8 @@ def plot(metrics_jsonl, png, *, metric: str = "loss", baselines: dict[str, float
 
     rows = read(metrics_jsonl)
     curves = {}
-    for part in ("train", "validation"):
+    held_out = {k.removesuffix(f"/{metric}") for r in rows for k in r if re.fullmatch(rf"validation/(\w+/)?{metric}", k)}
+    for part in ("train", *sorted(held_out)):
         points = [(r["step"], r[f"{part}/{metric}"]) for r in rows if r.get(f"{part}/{metric}") is not None]
         curves |= {part: np.array(points)} if points else {}
     if not curves:
@@ -417,9 +420,9 @@ def plot(metrics_jsonl, png, *, metric: str = "loss", baselines: dict[str, float
         x, y = curves["train"].T
         ax.plot(x, y, color="#9ecae1", linewidth=1)
         ax.plot(x, _smooth(y), color="#2171b5", linewidth=1.8, label=f"train, smoothed ({_smooth(y)[-1]:.3f})")
-    if "validation" in curves:
-        x, y = curves["validation"].T
-        ax.plot(x, y, "o-", color="#d94801", linewidth=1.8, markersize=4, label=f"validation ({y[-1]:.3f})")
+    for part, color in zip(sorted(curves.keys() - {"train"}), itertools.cycle(("#d94801", "#238b45", "#756bb1"))):
+        x, y = curves[part].T
+        ax.plot(x, y, "o-", color=color, linewidth=1.8, markersize=4, label=f"{part.replace('/', ' ')} ({y[-1]:.3f})")
     for name, value in (baselines or {}).items():
         ax.axhline(value, color="#636363", linewidth=1, linestyle="--")
         ax.annotate(f"{name} {value:.3f}", (right, value), ha="right", va="bottom", fontsize=9, color="#636363")

@@ -35,7 +35,7 @@ class Distill(LanguageModel):
                             f"top_k={top_k} from 1 to the vocabulary less one")
         if tail and temperature != 1:
             raise UserError(f"config.objective_args.temperature={temperature}: what is beyond the top k is known at 1 "
-                            "alone; set tail=false")
+                            "alone; set tail=False")
         self.top_k, self.alpha, self.tail, self.temperature = top_k, alpha, tail, temperature
 
     # --- the contract -------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def test_loss_equals_numpy_on_any_mesh(params, records, args):
 
 
 def test_what_does_not_go_together():
-    for args, message in ((dict(temperature=2.0), "set tail=false"), (dict(top_k=V), "top_k=48"), (dict(alpha=2.0), "alpha")):
+    for args, message in ((dict(temperature=2.0), "set tail=False"), (dict(top_k=V), "top_k=48"), (dict(alpha=2.0), "alpha")):
         with pytest.raises(UserError, match=message):
             make(**args)
     with pytest.raises(UserError, match="no teacher.*fm_jax.annotate"):
