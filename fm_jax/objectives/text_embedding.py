@@ -139,15 +139,13 @@ class TextEmbedding:
         dot = lambda a, b: self.scale * jnp.einsum("ae,be->ab", a, b, precision=jax.lax.Precision.HIGHEST)
         scores = jnp.where(jnp.tile(whole(weight), S - 1) > 0, dot(texts, candidates), _UNSEEN)
         own = jnp.diagonal(scores)
-        nll = jax.nn.logsumexp(scores, axis=1) - own
-        loss = nll
+        loss = jax.nn.logsumexp(scores, axis=1) - own
         if self.symmetric:
             back = jnp.where(whole(weight) > 0, dot(vectors[:, 1], whole(texts)), _UNSEEN)
-            loss = (nll + jax.nn.logsumexp(back, axis=1) - own) / 2
+            loss = (loss + jax.nn.logsumexp(back, axis=1) - own) / 2
         total = weight.sum()
         found = (own >= scores.max(1)).astype(jnp.float32)
-        return Loss((loss * weight).sum(), total, {"nll": ((nll * weight).sum(), total),
-                                                   "accuracy": ((found * weight).sum(), total)})
+        return Loss((loss * weight).sum(), total, {"accuracy": ((found * weight).sum(), total)})
 
     # --- predict ----------------------------------------------------------------------------------------------------
 
