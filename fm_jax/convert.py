@@ -12,8 +12,8 @@
 
 Reads safetensors, in one file or several, of the families gpt2, gpt_neox (Pythia), llama (SmolLM), mistral, mixtral,
 qwen2, qwen3, qwen3_moe, gemma2, gemma3_text, phi3, olmo2, bert, roberta, distilbert, mpnet, modernbert, t5, whisper,
-vit, clip and siglip, GGUF files of architecture llama (dequantised; needs the package gguf), and CTranslate2 models of
-Whisper. Tokenizer and chat template come along. Folders of sentence-transformers, and bare encoders (BertModel,
+vit, clip and siglip, GGUF files of llama, qwen2 and qwen3 (dequantised; needs the package gguf), and CTranslate2 models
+of Whisper. Tokenizer and chat template come along. Folders of sentence-transformers, and bare encoders (BertModel,
 RobertaModel, DistilBertModel, MPNetModel, ModernBertModel), become models whose `embed` gives what theirs give; those
 of mistral, qwen2 and qwen3 too. They go out as such folders.
 The run it writes is at step 0, for evaluate, generate and fm_jax.load; training goes on from its weights in a run of

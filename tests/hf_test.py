@@ -695,8 +695,8 @@ def gguf_file(tmp_path, tokenizer_files):
     gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 
     def make(arrays, **changes):
-        path, c = tmp_path / f"model{len(list(tmp_path.iterdir()))}.gguf", GGUF
-        writer = gguf.GGUFWriter(path, changes.pop("arch", "llama"))
+        path, c = tmp_path / f"model{len(list(tmp_path.iterdir()))}.gguf", GGUF | changes.pop("settings", {})
+        writer = gguf.GGUFWriter(path, arch := changes.pop("arch", "llama"))
         writer.add_block_count(c["num_hidden_layers"])
         writer.add_context_length(c["max_position_embeddings"])
         writer.add_embedding_length(c["hidden_size"])
@@ -705,7 +705,11 @@ def gguf_file(tmp_path, tokenizer_files):
         writer.add_head_count_kv(c["num_key_value_heads"])
         writer.add_layer_norm_rms_eps(c["rms_norm_eps"])
         writer.add_rope_freq_base(c["rope_theta"])
-        writer.add_rope_dimension_count(c["head_dim"])
+        if arch == "llama":
+            writer.add_rope_dimension_count(c["head_dim"])
+        elif arch == "qwen3":
+            writer.add_key_length(c["head_dim"])
+            writer.add_value_length(c["head_dim"])
         content = json.loads(tokenizer_files.read_text())
         pieces = sorted(content["model"]["vocab"], key=content["model"]["vocab"].get)
         writer.add_tokenizer_model("gpt2")
@@ -718,12 +722,13 @@ def gguf_file(tmp_path, tokenizer_files):
         writer.add_chat_template("{{ messages }}")
         for key, value in changes.items():
             writer.add_string(key.replace("__", "."), value)
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c["num_hidden_layers"])
+        theirs = {"qwen2": "QWEN2", "qwen3": "QWEN3"}.get(arch, "LLAMA")
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[theirs], c["num_hidden_layers"])
         for key, a in arrays.items():
             heads = {"q_proj": c["num_attention_heads"], "k_proj": c["num_key_value_heads"]}.get(key.split(".")[-2])
-            if heads:   # `permute` of llama.cpp's convert_hf_to_gguf.py: halves become pairs
+            if heads and theirs == "LLAMA":   # `permute` of llama.cpp's convert_hf_to_gguf.py: halves become pairs
                 a = a.reshape(heads, 2, a.shape[0] // heads // 2, *a.shape[1:]).swapaxes(1, 2).reshape(a.shape)
-            name = names.get_name(key, try_suffixes=(".weight",)) or key
+            name = names.get_name(key, try_suffixes=(".weight", ".bias")) or key
             kind = gguf.GGMLQuantizationType.Q8_0 if a.shape[-1] % 32 == 0 else gguf.GGMLQuantizationType.F32
             writer.add_tensor(name, gguf.quantize(a, kind), raw_dtype=kind)
         writer.write_header_to_file()
@@ -750,6 +755,27 @@ def test_gguf_is_the_model_it_was_made_of(gguf_file, folder, tmp_path):
     assert lm.tokenizer.eos_id == 0 and lm.tokenizer.decode(lm.tokenizer.encode(text)) == text
     lm.tokenizer.save(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())["chat_template"] == "{{ messages }}"
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3"])
+def test_gguf_of_qwen_is_the_folder_it_was_made_of(arch, gguf_file, folder):
+    """Which the tests of families hold to transformers."""
+    own = {"model_type": arch, "intermediate_size": 40} | ({"head_dim": 4} if arch == "qwen2" else {})   # no blocks
+    c, rng = GGUF | own, np.random.default_rng(3)
+    arrays = weights(c)
+    for i in range(c["num_hidden_layers"]):
+        at = f"model.layers.{i}.self_attn."
+        if arch == "qwen2":
+            sizes = {f"{at}{one}_proj.bias": len(arrays[f"{at}{one}_proj.weight"]) for one in "qkv"}
+        else:
+            sizes = {f"{at}{one}_norm.weight": c["head_dim"] for one in "qk"}
+        arrays |= {key: rng.normal(1, 0.3, n).astype(np.float32) for key, n in sizes.items()}
+    there, lm = fm_jax.load(folder(c, arrays)), fm_jax.load(gguf_file(arrays, arch=arch, settings=own, pre="qwen2"))
+    there.config.model.norm_eps = lm.config.model.norm_eps   # which is float32 there
+    assert lm.config.model == there.config.model and lm.config.hf_family == arch
+    np.testing.assert_allclose(lm.logits(tokens()), there.logits(tokens()), atol=1e-5)
+    assert lm.tokenizer.encode("caf\u00e9's 12").tolist() == lm.tokenizer.encode("cafe\u0301's 12").tolist()
+    assert [lm.tokenizer.decode([i]) for i in lm.tokenizer.encode("IT'S 12")][-3:] == [" ", "1", "2"]
 
 
 def test_a_gguf_file_that_cannot_be_read_says_why(gguf_file):
