@@ -290,6 +290,7 @@ class Weights:
     version: str
     sha256: str
     member: str
+    beside: tuple[str, ...] = ()
 
 
 WEIGHTS = (
