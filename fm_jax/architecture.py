@@ -333,6 +333,18 @@ class Architecture:
         return 6.0 * self.matmul_param_count() + attention
 
 
+def encoder_decoder_flops(encoder: Architecture, decoder: Architecture, source_len: int, target_len: int) -> float:
+    """Returns the FLOPs of training on one source and its target, by the rules of `flops_per_token`.
+
+    An encoder has no head; of cross attention keys and values are of the source's tokens, all of which a target sees.
+    """
+    head = 6.0 * encoder.embed_dim * encoder.vocab_size
+    kv = 6.0 * 2 * decoder.num_kv_heads * decoder.head_dim * decoder.embed_dim * decoder.num_layers
+    scores = 12.0 * decoder.num_heads * decoder.head_dim * decoder.num_layers * source_len
+    return (source_len * (encoder.flops_per_token(source_len) - head + kv)
+            + target_len * (decoder.flops_per_token(target_len) - kv + scores))
+
+
 # About the named number of parameters, vocabulary included. 1B and up are the published shapes of
 # Llama 3 (arXiv:2407.21783 and the Llama 3.2 model cards); 125m and 350m keep GPT-3's widths
 # (arXiv:2005.14165, table 2.1); the rest are scaled for one laptop core to one accelerator.

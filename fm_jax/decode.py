@@ -330,7 +330,8 @@ def complete(objective, params, prompts: list[np.ndarray], *, max_new_tokens: in
 
     prompts: token ids, at least one each; a prompt longer than the context allows is cut at its left.
     sampling: the same for all, or with arrays [prompts].
-    context: of a decoder with an encoder, what the objective's `predict["encode"]` made of each prompt's source.
+    context: of a decoder with an encoder, what the objective's `predict["encode"]` made of each prompt's source; it is
+      used up.
     seeds: uint32, one a continuation; default 0, 1, 2, ...
     logprobs: give the log-probability of each token, and of so many of the likeliest in its place.
     stopped: a function of (number of the continuation, its tokens): whether they end it, as when their text has a

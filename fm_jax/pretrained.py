@@ -284,6 +284,8 @@ class Pretrained:
         """
         if not self._hears:
             raise UserError(f"{self.config.objective} hears nothing: transcribe is of a model of speech")
+        if isinstance(sounds, (str, bytes, os.PathLike)):
+            raise UserError(f"sounds={str(sounds)[:60]!r}: give a list of sounds, [sound] for one")
         objective = self.objective
         window_s, T = objective.frames * audio.HOP / audio.RATE, objective.frames * audio.HOP
         prepared = [audio.prepared(sound, rate) for sound in sounds]

@@ -11,7 +11,7 @@ import numpy as np
 
 from fm_jax import config as config_lib
 from fm_jax import model, pipeline
-from fm_jax.architecture import Architecture
+from fm_jax.architecture import Architecture, encoder_decoder_flops
 from fm_jax.errors import UserError, choose
 from fm_jax.frontends import EncoderDecoder
 from fm_jax.model import Context
@@ -66,7 +66,8 @@ class Seq2Seq:
             raise UserError(f"config.objective_args.start_id={start_id} is not in the vocabulary of "
                             f"{self.arch.vocab_size}")
         self.tokens_per_example = self.source_length + self.target_length
-        self.flops_per_example = _flops(self.encoder, self.arch, self.source_length, self.target_length)
+        self.flops_per_example = encoder_decoder_flops(self.encoder, self.arch, self.source_length,
+                                                       self.target_length)
         self.module = EncoderDecoder(self.encoder, self.arch, layout)
         self.predict = {"hidden": self.hidden, "logits": self.logits, "encode": self.encode, "decode": self.decode}
         if config.data.train:
@@ -304,12 +305,3 @@ def _cut(totals, parts, draws, chosen):
     begins = np.zeros(len(run), bool)
     begins[order[_counted(totals)[1] < parts[run]]] = True
     return np.diff(np.append(np.flatnonzero(begins), len(run)))
-
-
-def _flops(encoder, decoder, S, T):
-    """Returns the FLOPs of training on a source of S tokens and a target of T, by the rules of `flops_per_token`."""
-    head = 6.0 * encoder.embed_dim * encoder.vocab_size
-    kv = 2 * decoder.num_kv_heads * decoder.head_dim * decoder.embed_dim * decoder.num_layers
-    cross = 12 * decoder.num_heads * decoder.head_dim * decoder.num_layers * S
-    # Keys and values of cross attention are of the source's tokens.
-    return S * (encoder.flops_per_token(S) - head) + T * (decoder.flops_per_token(T) + cross) + 6.0 * kv * (S - T)

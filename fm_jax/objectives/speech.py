@@ -11,7 +11,7 @@ import numpy as np
 
 from fm_jax import audio, model, pipeline
 from fm_jax import config as config_lib
-from fm_jax.architecture import Architecture
+from fm_jax.architecture import Architecture, encoder_decoder_flops
 from fm_jax.errors import UserError, choose
 from fm_jax.frontends import SpeechModel
 from fm_jax.model import Context
@@ -51,9 +51,9 @@ class SpeechRecognition:
             check_vocab(tokenizer, self.arch.vocab_size)
         self._check_stacks(layout)
         self.tokens_per_example = self.target_length
-        self.flops_per_example = self.target_length * self.arch.flops_per_token(self.target_length) + (
-            self.encoder.max_seq_len * (self.encoder.flops_per_token(self.encoder.max_seq_len)
-                                        - 6.0 * self.arch.embed_dim * self.arch.vocab_size))
+        stem = 6.0 * 3 * self.encoder.embed_dim * (2 * num_mels + self.encoder.embed_dim)   # of one place
+        self.flops_per_example = self.encoder.max_seq_len * stem + encoder_decoder_flops(
+            self.encoder, self.arch, self.encoder.max_seq_len, self.target_length)
         self.module = SpeechModel(self.encoder, self.arch, layout, num_mels)
         self.predict = {"hidden": self.hidden, "logits": self.logits, "encode": self.encode, "decode": self.decode}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fm_jax import config as config_lib
-from fm_jax import decode, objectives, sharding, tree
+from fm_jax import decode, objectives, roofline, sharding, tree
 from fm_jax.errors import UserError
 from fm_jax.pretrained import Pretrained
 from fm_jax.step import Program
@@ -166,6 +166,15 @@ def test_nothing_is_seen_of_later_tokens_and_other_documents(packed):
     of_source, of_target = (np.abs(np.asarray(g))[0].sum(-1) > 0 for g in gradients)
     np.testing.assert_array_equal(of_source, places["source_segment_ids"][0] == number)
     np.testing.assert_array_equal(of_target, (places["segment_ids"][0] == number) & (np.arange(len(of_target)) <= at))
+
+
+def test_flops_are_those_of_the_step():
+    """Of the traced loss and gradient, but for causal scores, of which half count."""
+    objective = make(**{"model.scan_layers": False, "model.attention_kernel": "reference", "model.embed_dim": 64,
+                        "model.mlp_dim": 96})
+    batch, shapes = objective.batch_spec(1), sharding.unbox(jax.eval_shape(objective.init, jax.random.key(0)))[0]
+    traced = jax.make_jaxpr(jax.grad(lambda p, b: objective.loss(p, b).loss))(shapes, batch)
+    assert 0.97 < objective.flops_per_example / roofline.jaxpr_flops(traced)[0] < 1
 
 
 @pytest.mark.parametrize("mesh", [dict(data=2, fsdp=2, tensor=2), dict(stage=2, fsdp=2), dict(data=8)], ids=str)
