@@ -102,7 +102,7 @@ class Architecture:
     head_transform: bool = False        # before the logits a projection (with mlp_bias a bias too), the activation and
                                         # a norm; logits have a bias
 
-    patch_size: int = 0                 # pixels of a side of the squares into which images are cut; 0: tokens, not images
+    patch_size: int = 0                 # side of the squares that an image is cut into, in pixels; 0: tokens, no images
     channels: int = 3                   # of a pixel
     patch_bias: bool = True             # of the patches' projection
     class_token: bool = False           # a learned first token, before the patches

@@ -12,8 +12,8 @@ import numpy as np
 
 from fm_jax import kernels
 from fm_jax.architecture import Architecture
-from fm_jax.model import (ACTIVATIONS, Attention, Cache, Context, Mlp, Norm, Transformer, Trunk, dropout, fan_in, normal,
-                          param, zeros)
+from fm_jax.model import (ACTIVATIONS, Attention, Cache, Context, Mlp, Norm, Transformer, Trunk, dropout, fan_in,
+                          normal, param, zeros)
 from fm_jax.sharding import Layout
 
 

@@ -1,6 +1,6 @@
 """Images of files as square arrays of pixels: decoding, cropping, resizing, on the host. Layer 1.
 
-    python -c "from fm_jax import images; print(images.square(images.decode(open('x.png', 'rb').read()), images.View(32)))"
+    python -c "from fm_jax import images; print(images.decode(open('x.png', 'rb').read()).size)"
 
 Pillow decodes and resizes: what published models were trained on was resized by it.
 """
@@ -43,8 +43,8 @@ class View:
         choose(self.resize, ("crop", "stretch"), "config.objective_args.resize")
         choose(self.filter, FILTERS, "config.objective_args.filter")
         if not 0 < self.min_crop_area <= 1:
-            raise UserError(f"config.objective_args.min_crop_area={self.min_crop_area} is a share of the image: above 0 "
-                            "and at most 1")
+            raise UserError(f"config.objective_args.min_crop_area={self.min_crop_area} is a share of the image: above "
+                            "0 and at most 1")
         if self.size < 1:
             raise UserError(f"config.objective_args.image_size={self.size} must be positive")
 

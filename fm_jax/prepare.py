@@ -17,7 +17,7 @@ Examples:
   python -m fm_jax.prepare --source 'texts/*.jsonl' --tokenizer sentencepiece:8192 --output data/x
   python -m fm_jax.prepare --source catalogue:wikipedia_introductions --tokenizer bytes --output data/wiki
   python -m fm_jax.prepare --examples --source x.jsonl --tokenizer runs/base/tokenizer --output data/topics
-  python -m fm_jax.prepare --examples --source catalogue:mnist_5k --images image --validation_frac 0.1 --output data/digits
+  python -m fm_jax.prepare --examples --source catalogue:mnist_5k --images image --output data/digits
   python -m fm_jax.prepare --source chats.jsonl --chat --tokenizer runs/smol/tokenizer --output data/chats
 """
 
@@ -50,8 +50,8 @@ def _flags(fv):
     text("validation_source", "", "Of examples, the held-out ones, as --source; instead of a --validation_frac.")
     text("split_by", "", "Of examples, comma-separated fields: those equal in them are all held out or none; default: "
          "all fields.")
-    text("images", "", "Of examples, comma-separated fields that hold a picture: bytes, or the path of its file from the "
-         "source's folder. Those that cannot be read are left out and counted.")
+    text("images", "", "Of examples, comma-separated fields that hold a picture: bytes, or the path of its file from "
+         "the source's folder. Those that cannot be read are left out and counted.")
     text("licence", "", "Recorded in the manifest; default: what the catalogue says.")
     number("shard_tokens", 100_000_000, "Most tokens of a shard.")
     number("workers", os.cpu_count(), "Processes that tokenize; the result does not depend on it.")
@@ -143,8 +143,8 @@ def _summary(manifest, output, reused, seconds):
         lines.append(f"  dropped    {manifest['examples_duplicate']:>10,} duplicates "
                      f"{manifest['examples_empty']:>9,} empty {manifest['examples_also_held_out']:>9,} also held out")
         if manifest.get("examples_unreadable"):
-            lines.append(f"  left out   {manifest['examples_unreadable']:>10,} whose picture cannot be read; the first: "
-                         f"{manifest['first_unreadable']}")
+            lines.append(f"  left out   {manifest['examples_unreadable']:>10,} whose picture cannot be read; the first:"
+                         f" {manifest['first_unreadable']}")
         lines += [f"  {field}: {len(values)} values: {', '.join(map(str, values[:8]))}{', ...' * (len(values) > 8)}"
                   for field, values in manifest["values"].items()]
         return "\n".join([*lines, f"  licence: {manifest['licence']}"])

@@ -461,7 +461,7 @@ class Pretrained:
         """
         if "classify" in self.objective.predict:
             if classes is not None:
-                raise UserError(f"classes={classes!r:.80}: this model has {self.objective.num_classes} classes of its own")
+                raise UserError(f"classes={classes!r:.80}: this model has {self.objective.num_classes} of its own")
             return _softmax(self._of_images("classify", images))
         self._must("classify images", "embed_image", "similarity", "ensemble")
         if not classes or isinstance(classes, str):

@@ -124,7 +124,7 @@ def test_preparing_of_images_that_differs_is_an_error(there):
     assert (read().image_size, read().resize) == (17, "crop")
     for changes, message in (({"size": {"shortest_edge": 20}}, "crop_size=17"), ({"resample": 1}, "unknown 'lanczos'"),
                              ({"resample": 3, "do_rescale": False}, "do_rescale=False"),
-                             ({"do_rescale": True, "size": {"shortest_edge": 17}, "rescale_factor": 1.0}, "rescale_factor"),
+                             ({"do_rescale": True, "size": {"shortest_edge": 17}, "rescale_factor": 1.0}, "rescale_f"),
                              ({"rescale_factor": 1 / 255, "resize_mode": 1}, "resize_mode=1")):
         settings(folder, file, **changes)
         with pytest.raises(UserError, match=f"{message}"):

@@ -38,7 +38,7 @@ def test_every_kind_of_picture_is_decoded():
     assert (rgb(saved(red.convert("P", palette=Image.Palette.ADAPTIVE))) == (200, 0, 0)).all()
     assert np.abs(rgb(saved(red.convert("CMYK"), "jpeg")).astype(int) - (200, 0, 0)).max() < 5
     found = rgb(saved(clear))
-    assert found[0, 0].tolist() == [255] * 3 and found[0, 1].tolist() == [228, 128, 128] and (found[1:] == (200, 0, 0)).all()
+    assert found[0, :2].tolist() == [[255] * 3, [228, 128, 128]] and (found[1:] == (200, 0, 0)).all()
     palette = Image.new("P", (2, 1))
     palette.putpalette([200, 0, 0, 0, 0, 0])
     palette.putpixel((1, 0), 1)
@@ -58,7 +58,8 @@ def test_every_kind_of_picture_is_decoded():
     (b"", "x.png: not an image that can be read"), (b"hello", "x.png: not an image that can be read"),
     (saved(gradient(60, 60))[:100], "x.png: not an image that can be read"),
     (b"P5 10000 10000 255\n", "x.png: 10000 x 10000 pixels are more than 50,000,000"),
-    (np.zeros((4, 6, 2), np.uint8), r"x.png: an array uint8\[4, 6, 2\]"), (np.zeros((0, 6), np.uint8), "x.png: an array"),
+    (np.zeros((4, 6, 2), np.uint8), r"x.png: an array uint8\[4, 6, 2\]"),
+    (np.zeros((0, 6), np.uint8), "x.png: an array"),
     (np.zeros((4, 6), np.float32), "x.png: an array float32"), ("path", "x.png: an array"),
 ])
 def test_what_is_no_image_is_named(data, message):
@@ -106,7 +107,7 @@ def test_a_very_long_picture_takes_little_memory():
 
 
 def test_training_takes_random_parts():
-    """Of the whole or the middle's size, at least the share that is asked for, mirrored in half; evaluation does not."""
+    """Of the image, at least the share that is asked for, mirrored in half of the cases; evaluation does not."""
     image, view = gradient(80, 40), images.View(16, min_crop_area=0.25, flip=True)
     draws = np.random.default_rng(0).random((200, 4))
     made = np.stack([images.square(image, view, d) for d in draws]).astype(float)
@@ -137,8 +138,8 @@ def test_a_run_of_pictures_from_files_to_classes(tmp_path, inline):
         records.append({"image": f"{i}.png", "text": ["reddish", "bluish"][int(colour[2] > colour[0])] + f" {i}"})
     (tmp_path / "7.png").write_bytes(b"damaged")
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    code, out, err = inline("prepare", "--examples", f"--source={tmp_path}/x.jsonl", "--tokenizer=bytes", "--images=image",
-                            "--validation_frac=0.3", f"--output={tmp_path}/data")
+    code, out, err = inline("prepare", "--examples", f"--source={tmp_path}/x.jsonl", "--tokenizer=bytes",
+                            "--images=image", "--validation_frac=0.3", f"--output={tmp_path}/data")
     assert code == 0 and "left out            1 whose picture cannot be read; the first: " in out, err
 
     def train(name, steps):
@@ -163,7 +164,8 @@ def test_a_run_of_pictures_from_files_to_classes(tmp_path, inline):
     logits = vectors @ np.stack([texts[0], mean / np.linalg.norm(mean)]).T * np.exp(float(lm.params["logit_scale"]))
     want = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     np.testing.assert_allclose(lm.classify_images(files, ["red", ["blue", "navy"]]), want, atol=1e-4)
-    for bad, message in ((lambda: lm.embed_images(files[0]), "give a list"), (lambda: lm.classify_images(files, "red"), "a list"),
+    for bad, message in ((lambda: lm.embed_images(files[0]), "give a list"),
+                         (lambda: lm.classify_images(files, "red"), "give a list"),
                          (lambda: lm.embed_images([tmp_path / "7.png"]), "7.png: not an image"),
                          (lambda: lm.embed_images([tmp_path / "no.png"]), "no.png: cannot be read"),
                          (lambda: lm.generate(["x"]), "cannot continue text")):

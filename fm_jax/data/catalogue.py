@@ -95,8 +95,8 @@ class Dataset:
         """Yields the text of each record. Raises UserError where records are no plain texts."""
         for record in self.records(archive):
             if not isinstance(text := record.get("text"), str):
-                raise UserError(f"catalogue:{self.name} holds records with {', '.join(record)}, not plain texts: prepare "
-                                "it with --examples")
+                raise UserError(f"catalogue:{self.name} holds records with {', '.join(record)}, not plain texts: "
+                                "prepare it with --examples")
             yield text
 
     def chats(self, archive: Archive) -> Iterator[tuple[str, list[dict]]]:

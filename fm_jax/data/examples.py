@@ -59,7 +59,8 @@ def field(record: dict, key: str):
 
 def prepare(sources: list[Source], output, *, tokenizer: str = "", text_key: str = "text",
             validation_sources: list[Source] = (), validation_frac: float = 0.02, split_by: str = "",
-            images: str = "", licence: str = "", progress: Callable[[str, int], None] = lambda stage, count: None) -> tuple[dict, bool]:
+            images: str = "", licence: str = "",
+            progress: Callable[[str, int], None] = lambda stage, count: None) -> tuple[dict, bool]:
     """Returns the manifest of `output` and whether it was already there, made from the same sources.
 
     The folder appears whole or not at all.
@@ -239,7 +240,8 @@ def _with_pictures(record, fields, source, place):
             try:
                 value = Path(source.name).parent.joinpath(value).read_bytes()
             except (OSError, ValueError) as error:
-                raise UserError(f"{place}: {name} {value!r:.200}: {getattr(error, 'strerror', None) or error}") from None
+                why = getattr(error, "strerror", None) or error
+                raise UserError(f"{place}: {name} {value!r:.200}: {why}") from None
         if not isinstance(value, bytes):
             raise UserError(f"{place}: {name} is {type(value).__name__}; expected the bytes or the path of a picture")
         images_lib.decode(value, f"{place}: {name}")

@@ -158,8 +158,8 @@ def save(folder, config, params, tokenizer, *, file_bytes: int = FILE_BYTES) -> 
     settings["torch_dtype"] = dtypes.pop().name if len(dtypes) == 1 else "float32"
     if tokenizer is not None:
         if tokenizer.eos_id is not None and tokenizer.eos_id == family.ambiguous_end:
-            raise UserError(f"transformers takes eos_token_id={tokenizer.eos_id} of {family.architecture} for the token of "
-                            "the highest number, and this tokenizer's end token has it: export needs another tokenizer")
+            raise UserError(f"transformers takes eos_token_id={tokenizer.eos_id} of {family.architecture} for the "
+                            "highest number of a text, and it is this tokenizer's end token: export needs another")
         ids = {f"{which}_token_id": getattr(tokenizer, f"{which}_id") for which in ("bos", "eos", "pad")}
         settings |= ids
         if "text_config" in settings:   # where the towers of texts look

@@ -55,8 +55,8 @@ def _vit(prefix):
     layer = "attention.attention."
     return (Row(prefix + "embeddings.cls_token", "1 1 D", "image.embed.class_token", "D"),
             Row(prefix + "embeddings.position_embeddings", "1 P D", "image.embed.positions", "PD"),
-            *weight_and_bias(prefix + "embeddings.patch_embeddings.projection", "D C A B", "image.embed.patches", "ABCD",
-                             ("D", "image.embed.bias", "D")),
+            *weight_and_bias(prefix + "embeddings.patch_embeddings.projection", "D C A B",
+                             "image.embed.patches", "ABCD", ("D", "image.embed.bias", "D")),
             *_layers(prefix + "encoder.layer.{}.", "image.transformer.layers.", "model",
                      q=[layer + one for one in ("query", "key", "value")], out="attention.output.dense",
                      norms=("layernorm_before", "layernorm_after"), mlp=("intermediate.dense", "output.dense")),
@@ -102,7 +102,8 @@ def _tower(section, activation, norm_eps, width, heads, hidden, at="", layers=12
     ours, key = section and section + ".", at and at + "/"
     return ((key + "hidden_size", ours + "embed_dim", width), (key + "num_hidden_layers", ours + "num_layers", layers),
             (key + "num_attention_heads", ours + "num_heads", heads),
-            (key + "intermediate_size", ours + "mlp_dim", hidden), (key + "hidden_act", ours + "activation", activation),
+            (key + "intermediate_size", ours + "mlp_dim", hidden),
+            (key + "hidden_act", ours + "activation", activation),
             (key + "layer_norm_eps", ours + "norm_eps", norm_eps))
 
 
@@ -128,8 +129,8 @@ def _images(section, at, patch_size, *, class_token, resize, filter, mean=_HALF,
     def read(settings, place):
         side, patch = settings.get(key + "image_size", 224), settings.get(key + "patch_size", patch_size)
         if type(side) is not int or type(patch) is not int or not 0 < patch <= side:
-            raise UserError(f"{place}: {key}image_size={side!r}, patch_size={patch!r}: expected whole numbers, the second "
-                            "at most the first")
+            raise UserError(f"{place}: {key}image_size={side!r}, patch_size={patch!r}: expected whole numbers, the "
+                            "second at most the first")
         found = {k.removeprefix(_FILE + "/"): v for k, v in settings.items() if k.startswith(_FILE + "/")}
         for name, only in (("do_resize", True), ("do_normalize", True), ("do_rescale", True),
                            ("rescale_factor", 1 / 255)):
@@ -209,7 +210,7 @@ def _letters(section):
 def _same_width(settings, place):
     text, image = settings.get("text_config/hidden_size", 768), settings.get("vision_config/hidden_size", 768)
     if (projected := settings.get("text_config/projection_size", text)) != image:
-        raise UserError(f"{place}: text_config.projection_size={projected} and vision_config.hidden_size={image} differ")
+        raise UserError(f"{place}: text_config.projection_size={projected} is not vision_config.hidden_size={image}")
     return {}
 
 
@@ -235,7 +236,8 @@ _POSITIONS = r".*\.position_ids"
 FAMILIES = {
     "vit": Family(
         "ViTForImageClassification", "vit.", _vit("vit."), _fixed(**_CLASS_TOKEN), _VIT_SETTINGS,
-        harmless=_VIT_HARMLESS, objective=_CLASSIFICATION, has_text=False, sizes=_letters("model"), buffers=r"vit\.pooler\..*",
+        harmless=_VIT_HARMLESS, objective=_CLASSIFICATION, has_text=False, sizes=_letters("model"),
+        buffers=r"vit\.pooler\..*",
         **_of_classes(_images("", "", 16, **_VIT, more=_classes))),
     "vit_model": Family(
         "ViTModel", "", _vit(""), _fixed(**_CLASS_TOKEN) | _BARE, _VIT_SETTINGS, model_type="vit",
@@ -277,7 +279,8 @@ FAMILIES = {
         "CLIPVisionModel", "vision_model.", tuple(_clip_images("model", pool=False)),
         _fixed(**_CLASS_TOKEN, embed_norm=True, patch_bias=False) | _BARE,
         (*_tower("", "quick_gelu", 1e-5, 768, 12, 3072), *_of_patches("", "", 32)),
-        harmless=(*_HARMLESS, *_DUMPED), objective=_CLASSIFICATION, has_text=False, sizes=_letters("model"), buffers=_POSITIONS,
+        harmless=(*_HARMLESS, *_DUMPED), objective=_CLASSIFICATION, has_text=False, sizes=_letters("model"),
+        buffers=_POSITIONS,
         **_images("", "", 32, **_CLIP)),
     "siglip_vision_model": Family(
         "SiglipVisionModel", "vision_model.", tuple(_clip_images("model", pool=True)), _fixed(**_POOL) | _BARE,

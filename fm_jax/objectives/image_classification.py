@@ -1,6 +1,6 @@
 """Classification of images by an encoder of patches (a Vision Transformer) and one matrix on its pooled vector.
 
-Try:  python -m fm_jax.train --config configs/image_classification.py:tiny --workdir runs/tiny --config.data.train=data/x
+Try:  python -m fm_jax.train --config configs/image_classification.py:tiny --workdir runs/x --config.data.train=data/x
 """
 
 from flax import linen as nn

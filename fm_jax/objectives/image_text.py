@@ -72,7 +72,8 @@ class Towers(nn.Module):
     def logits(self, image_BU, text_CU, most_scale=jnp.inf):
         """Returns float32 [B, C], the similarity of each image to each text."""
         scale = jnp.exp(jnp.minimum(self.logit_scale.astype(jnp.float32), most_scale))
-        return image_BU @ text_CU.T * scale + self.logit_bias
+        # The highest precision: on TPU, float32 products are of bfloat16 otherwise, and the scale may be 100.
+        return jnp.matmul(image_BU, text_CU.T, precision=jax.lax.Precision.HIGHEST) * scale + self.logit_bias
 
     def everything(self, tokens_BT, length_B, images_BHWC):
         """Returns nothing; uses every parameter, for `init`."""
@@ -148,8 +149,8 @@ class ImageText:
                 "images": make(size, size, channels, dtype=jnp.uint8)}
 
     def examples(self, records, seeds, train=True):
-        """Returns tokens, int32 [n, seq_len], length, int32 [n], cut, bool [n], whether a text was longer, images, uint8
-        [n, H, W, C], and weights, float32 [n].
+        """Returns tokens, int32 [n, seq_len], length, int32 [n], cut, bool [n], whether a text was longer, images,
+        uint8 [n, H, W, C], and weights, float32 [n].
 
         A record has an image, bytes of a file, and a text. Randomness: which text, how the image is cropped.
         """
@@ -197,7 +198,8 @@ class ImageText:
     def random_batch(self, n, rng):
         size = self.view.size
         return {"tokens": rng.integers(0, self.arch.vocab_size, (n, self.seq_len), dtype=np.int32),
-                "length": np.full(n, self.seq_len, np.int32), "cut": np.zeros(n, bool), "weights": np.ones(n, np.float32),
+                "length": np.full(n, self.seq_len, np.int32), "cut": np.zeros(n, bool),
+                "weights": np.ones(n, np.float32),
                 "images": rng.integers(0, 256, (n, size, size, self.view.channels), dtype=np.uint8)}
 
     def init(self, key):

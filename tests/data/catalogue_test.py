@@ -200,7 +200,8 @@ def test_emoji_are_pictures_with_the_names_of_another_package(tmp_path, monkeypa
              {"unified": "1F525", "image": "b.png", "category": "Travel", "has_img_google": False}]
     content = {"emoji_names": package({"en/data.json": json.dumps(names).encode()}),
                "emoji_google": package({"emoji.json": json.dumps(emoji).encode(), "img/google/64/a.png": b"heart"})}
-    entries = [dataclasses.replace(catalogue.find(name), sha256=hashlib.sha256(c).hexdigest()) for name, c in content.items()]
+    entries = [dataclasses.replace(catalogue.find(name), sha256=hashlib.sha256(c).hexdigest())
+               for name, c in content.items()]
     downloads = []
 
     def npm(command, cwd, **_):

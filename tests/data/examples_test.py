@@ -206,7 +206,8 @@ def picture(colour, size=(5, 4), mode="RGB", kind="png"):
 
 def in_memory(records):
     """Returns a source of these records, as the catalogue's are."""
-    return [documents.Source("memory", 0, "0" * 64, "", None, lambda: ((f"record {i}", r) for i, r in enumerate(records)))]
+    of = lambda: ((f"record {i}", r) for i, r in enumerate(records))
+    return [documents.Source("memory", 0, "0" * 64, "", None, of)]
 
 
 def test_bytes_of_files_come_back_and_are_checked(tmp_path):
@@ -239,8 +240,8 @@ def test_pictures_that_cannot_be_read_are_left_out_and_counted(tmp_path):
     """Given as bytes, or by their files' paths beside the source; by far too large ones are not even decoded."""
     (tmp_path / "pictures").mkdir()
     files = {"good.png": picture("red"), "grey.png": picture(7, mode="L"), "cut.png": picture("red", (50, 50))[:90],
-             "one.png": picture("red", (1, 1)), "none.png": b"", "text.png": b"hello", "wide.png": picture(0, (10000, 3), "L"),
-             "vast.png": picture(0, (10000, 10000), "1")}
+             "one.png": picture("red", (1, 1)), "none.png": b"", "text.png": b"hello",
+             "wide.png": picture(0, (10000, 3), "L"), "vast.png": picture(0, (10000, 10000), "1")}
     for name, content in files.items():
         (tmp_path / "pictures" / name).write_bytes(content)
     records = [{"image": f"pictures/{name}", "n": i} for i, name in enumerate([*files, "absent.png"])]
@@ -248,7 +249,8 @@ def test_pictures_that_cannot_be_read_are_left_out_and_counted(tmp_path):
     manifest, _ = examples.prepare(sources, tmp_path / "a", images="image", validation_frac=0)
     assert [r["n"] for r in all_of(tmp_path / "a", "train")] == [0, 1, 3, 6]
     assert all(r["image"] == files[records[r["n"]]["image"].split("/")[1]] for r in all_of(tmp_path / "a", "train"))
-    assert manifest["examples_unreadable"] == 5 and "x.jsonl, line 3: image: not an image" in manifest["first_unreadable"]
+    assert manifest["examples_unreadable"] == 5
+    assert "x.jsonl, line 3: image: not an image" in manifest["first_unreadable"]
     with pytest.raises(UserError, match="none with a picture that can be read; the first: .*vast.*more than 50,000,000|"
                                         "10000 x 10000 pixels are more than 50,000,000"):
         examples.prepare(write(tmp_path / "y.jsonl", records[7:8]), tmp_path / "b", images="image")

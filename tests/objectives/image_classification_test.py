@@ -41,7 +41,8 @@ def test_the_loss_is_that_of_numpy():
     p = sharding.unbox(objective.init(jax.random.key(0)))[0]
     p["head"] = np.random.default_rng(1).normal(size=p["head"].shape).astype(np.float32)
     data = batch(objective)
-    logits, loss, want, right = np.asarray(objective.classify(p, data["images"]), np.float64), objective.loss(p, data), 0, 0
+    logits, loss = np.asarray(objective.classify(p, data["images"]), np.float64), objective.loss(p, data)
+    want = right = 0
     for i in range(B):
         if i != 3:
             log_p = logits[i] - np.log(np.exp(logits[i]).sum())
@@ -85,10 +86,12 @@ def test_labels_are_numbers_or_names():
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"objective_args.classes": ("a",)}, "as many as the 1 names"), ({"objective_args.label_smoothing": 1.0}, "smoothing"),
+    ({"objective_args.classes": ("a",)}, "as many as the 1 names"),
+    ({"objective_args.label_smoothing": 1.0}, "label_smoothing=1.0"),
     ({"model.pooling": "end"}, "needs a patch_size, and pooling"), ({"model.channels": 2}, "1 .grey. or 3"),
     ({"model.position": "rope"}, "must be 'learned'"), ({"model.causal": True}, "must be False"),
-    ({"objective_args.min_crop_area": 0.0}, "min_crop_area=0.0"), ({"objective_args.filter": "cubic"}, "did you mean 'bicubic'"),
+    ({"objective_args.min_crop_area": 0.0}, "min_crop_area=0.0"),
+    ({"objective_args.filter": "cubic"}, "did you mean 'bicubic'"),
 ])
 def test_what_does_not_fit_is_refused(changes, message):
     with pytest.raises(UserError, match=message):

@@ -246,7 +246,8 @@ def make_of_images(name):
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as made:
         model.save_pretrained(made)
-        (folder / "config.json").write_text(json.dumps(json.loads(Path(made, "config.json").read_text()), indent=1) + "\n")
+        settings = json.loads(Path(made, "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
         (folder / "model.safetensors").write_bytes(Path(made, "model.safetensors").read_bytes())
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=1) + "\n")
     np.savez_compressed(folder / "expected.npz", images=images.numpy(), large=large.numpy(),
