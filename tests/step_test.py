@@ -150,7 +150,7 @@ def test_what_is_gathered_on_a_mesh(mesh):
 def test_the_models_use_every_rule():
     axes = {a for model in MODELS for t in jax.tree.leaves(make(model=model).axes, is_leaf=sharding.is_axes) for a in t}
     elsewhere = {"experts", "expert_embed", "router", "first_layers", "rank", "block",   # in moe_test, adapt_test,
-                 "patch_rows", "patch_columns", "channels", "classes"}   # image_text_test, image_classification_test
+                 "patch_rows", "patch_columns", "channels", "classes", "taps"}   # image_*_test, speech_test
     assert axes | elsewhere | {"batch", "length", "between", "pieces"} == set(sharding.RULES)
 
 
