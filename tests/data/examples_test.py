@@ -107,6 +107,8 @@ def test_given_held_out_examples_leave_the_train_split(tmp_path):
     _, reused = examples.prepare(train, tmp_path / "out", validation_sources=held, tokenizer="sentencepiece:290",
                                  text_key="text,words")
     assert reused
+    got = open_batches(make_config(tmp_path / "out"), Numbers(), split="validation").iterate()
+    assert np.concatenate([b["n"] for b in got])[:10].tolist() == list(range(80, 90))
     # The same text with another label is no equal record, and yet must not be on both sides.
     other = write(tmp_path / "z.jsonl", [r | {"label": "other"} for r in RECORDS[80:]])
     manifest, _ = examples.prepare(train, tmp_path / "by_text", validation_sources=other, split_by="text")
