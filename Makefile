@@ -9,7 +9,7 @@ PIP := $(PYTHON) -m pip --disable-pip-version-check install --quiet --constraint
 # Two workers share compiled programs through the cache in .cache; worksteal keeps a file's tests together.
 PYTEST := $(PYTHON) -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help quickstart test results slow clients clean
+.PHONY: help quickstart results test slow clients clean
 .DELETE_ON_ERROR:
 
 help:  ## these lines
@@ -18,12 +18,12 @@ help:  ## these lines
 quickstart: $(VENV)/.base  ## real text, tokenizer, a small GPT pretrained, evaluated, prompted: minutes on a CPU
 	PYTHON=$(PYTHON) bash launch/quickstart.sh
 
-test: $(VENV)/.test  ## all tests but the slow ones
-	$(PYTEST) -m "not slow" tests
-
 results: $(VENV)/.base  ## the table of results, from data and weights that it fetches; rows that are there are kept
 	$(PIP) --no-build-isolation --use-pep517 --editable '.[results]'
 	$(PYTHON) -m fm_jax.results --output results
+
+test: $(VENV)/.test  ## all tests but the slow ones
+	$(PYTEST) -m "not slow" tests
 
 slow: $(VENV)/.test  ## the slow tests
 	$(PYTEST) -m slow tests

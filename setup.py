@@ -29,6 +29,7 @@ setuptools.setup(
         "orbax-checkpoint>=0.12.8",
         "prometheus-client",
         "pyyaml",
+        "scipy",
         "sentencepiece",
         "starlette",
         "tensorboardX",

