@@ -79,10 +79,10 @@ class _TextHead:
         return {"tokens": make(self.seq_len), "lengths": make(), **types, **self._targets_spec(make)}
 
     def random_batch(self, n, rng):
-        shapes = self.batch_spec(n)
-        made = {name: np.zeros(s.shape, s.dtype) for name, s in shapes.items()}
-        return made | {"tokens": rng.integers(0, self.arch.vocab_size, (n, self.seq_len), dtype=np.int32),
-                       "lengths": np.full(n, self.seq_len, np.int32), "weights": np.ones_like(made["weights"])}
+        made = {name: np.zeros(s.shape, s.dtype) for name, s in self.batch_spec(n).items()}
+        made |= {"tokens": rng.integers(0, self.arch.vocab_size, (n, self.seq_len), dtype=np.int32),
+                 "lengths": np.full(n, self.seq_len, np.int32), "weights": np.ones_like(made["weights"])}
+        return made | self._random_targets(made, rng)
 
     def init(self, key):
         unplaced = Headed(self.arch, **self._fields)   # shardings come from the axes, not from this dummy batch
@@ -177,6 +177,9 @@ class TextClassification(_TextHead):
     def _targets_spec(self, make):
         return {"labels": make(), "weights": make(dtype=jnp.float32)}
 
+    def _random_targets(self, made, rng):
+        return {"labels": rng.integers(0, len(self.labels), made["labels"].shape, dtype=np.int32)}
+
     def examples(self, records, seeds, train=True):
         """Returns tokens [n, seq_len], lengths, labels, all int32, and weights [n]; of pairs also types."""
         made, there = self._text_rows(records, self.text_key, self.pair_key)
@@ -194,8 +197,7 @@ class TextClassification(_TextHead):
         scores, weight = self.scores(params, batch, key), batch["weights"]
         nll = _nll(scores, batch["labels"])
         total, right = weight.sum(), (scores.argmax(-1) == batch["labels"]).astype(jnp.float32)
-        return Loss((nll * weight).sum(), total, {"nll": ((nll * weight).sum(), total),
-                                                  "accuracy": ((right * weight).sum(), total)})
+        return Loss((nll * weight).sum(), total, {"accuracy": ((right * weight).sum(), total)})
 
 
 class TextRegression(_TextHead):
@@ -217,6 +219,9 @@ class TextRegression(_TextHead):
     def _targets_spec(self, make):
         return {"values": make(dtype=jnp.float32), "weights": make(dtype=jnp.float32)}
 
+    def _random_targets(self, made, rng):
+        return {"values": rng.normal(size=made["values"].shape).astype(np.float32)}
+
     def examples(self, records, seeds, train=True):
         """Returns tokens [n, seq_len] and lengths, int32, values and weights, float32 [n]; of pairs also types."""
         made, there = self._text_rows(records, self.text_key, self.pair_key)
@@ -234,8 +239,7 @@ class TextRegression(_TextHead):
         error, weight = self.scores(params, batch, key)[:, 0] - batch["values"], batch["weights"]
         total = weight.sum()
         loss = (error ** 2 * weight).sum()
-        return Loss(loss, total, {"squared_error": (loss, total),
-                                  "absolute_error": ((jnp.abs(error) * weight).sum(), total)})
+        return Loss(loss, total, {"absolute_error": ((jnp.abs(error) * weight).sum(), total)})
 
 
 class TokenClassification(_TextHead):
@@ -283,6 +287,11 @@ class TokenClassification(_TextHead):
         T = self.seq_len
         return {"places": make(T), "labels": make(T), "weights": make(T, dtype=jnp.float32),
                 "lost": make(dtype=jnp.float32)}
+
+    def _random_targets(self, made, rng):
+        shape = made["labels"].shape
+        return {"labels": rng.integers(0, len(self.labels), shape, dtype=np.int32),
+                "places": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)}
 
     def words(self, words):
         """Returns (token ids with their ends int32 [t], place in them of each word's first token, -1: it has none)."""
@@ -345,7 +354,7 @@ class TokenClassification(_TextHead):
         nll, found = _nll(scores, labels), scores.argmax(-1)
         loss, total = (nll * weight).sum(), weight.sum()
         right = ((found == labels) * weight).sum()
-        metrics = {"nll": (loss, total), "accuracy": (right, total)}
+        metrics = {"accuracy": (right, total)}
         if self.scheme == "bio":
             found = jnp.where(weight > 0, found, self.outside)
             both, ours, theirs = count_entities(found, labels, jnp.array(self._begins), jnp.array(self._kinds))
@@ -381,6 +390,10 @@ class QuestionAnswering(_TextHead):
     def _targets_spec(self, make):
         return {"first": make(), "last": make(), "context": make(self.seq_len), "weights": make(dtype=jnp.float32),
                 "counts": make(dtype=jnp.float32)}
+
+    def _random_targets(self, made, rng):
+        first, last = np.sort(rng.integers(0, self.seq_len, (2, len(made["first"])), dtype=np.int32), axis=0)
+        return {"first": first, "last": last, "context": np.ones_like(made["context"]), "counts": made["weights"]}
 
     def row(self, question, context, start: int = 0):
         """Returns (token ids int32 [t], where the context begins in them, the characters of each of its tokens).
@@ -450,7 +463,7 @@ class QuestionAnswering(_TextHead):
         common = jnp.maximum(jnp.minimum(ours[1], last) - jnp.maximum(ours[0], first) + 1, 0)
         f1 = jnp.where(first < 0, 0.0, 2 * common / (ours[1] - ours[0] + last - first + 2))
         loss, total, counted = (nll * weight).sum(), weight.sum(), count.sum()
-        return Loss(loss, total, {"nll": (loss, total), "token_exact": ((exact * count).sum(), counted),
+        return Loss(loss, total, {"token_exact": ((exact * count).sum(), counted),
                                   "token_f1": ((f1 * count).sum(), counted)})
 
 
