@@ -9,12 +9,14 @@ The student is the quickstart's model with two layers instead of four; another o
 """
 
 from fm_jax import config as fm_config
+from fm_jax.errors import choose
 
 
-def get_config():
-    """Returns the config."""
+def get_config(size: str = "small"):
+    """Returns the config of a student: tiny (tests), small."""
+    choose(size, ("tiny", "small"), "size of configs/distill.py")
     c = fm_config.defaults()
-    c.name = "distill"
+    c.name = f"distill:{size}"
     c.objective = "fm_jax.objectives.distill.Distill"
     # c.objective_args: top_k (32), alpha (0.5), tail (True), temperature (1); see the objective's file.
     c.data.train = "data/taught"
@@ -22,4 +24,8 @@ def get_config():
     c.steps, c.batch_size, c.seq_len = 180, 16, 256
     c.eval.every = c.checkpoint.every = "25%"
     c.optimizer.name, c.optimizer.learning_rate = "muon", 3e-3
+    if size == "tiny":
+        c.model.update(vocab_size=512, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64, max_seq_len=64)
+        c.objective_args.top_k = 8
+        c.steps, c.batch_size, c.seq_len, c.log.every = 20, 8, 64, 5
     return c

@@ -12,8 +12,8 @@ from fm_jax.errors import choose
 
 
 def get_config(name: str = "arithmetic"):
-    """Returns the config of a stage: pretrain, or arithmetic, whose model is that of --init."""
-    choose(name, ("pretrain", "arithmetic"), "config of configs/grpo.py")
+    """Returns the config of a stage: pretrain, or arithmetic, whose model is that of --init; tiny (tests)."""
+    choose(name, ("pretrain", "arithmetic", "tiny"), "config of configs/grpo.py")
     c = fm_config.defaults()
     c.name = f"grpo:{name}"
     if name == "pretrain":
@@ -30,4 +30,7 @@ def get_config(name: str = "arithmetic"):
     c.steps, c.batch_size, c.seq_len = 100, 256, 16
     c.eval.every = c.checkpoint.every = 25
     c.optimizer.learning_rate, c.optimizer.schedule, c.optimizer.weight_decay = 1e-4, "constant", 0.0
+    if name == "tiny":
+        c.model.update(vocab_size=262, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64, max_seq_len=64)
+        c.objective_args.group_size, c.batch_size, c.optimizer.learning_rate = 4, 8, 1e-3
     return c

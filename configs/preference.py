@@ -13,12 +13,15 @@ from fm_jax.errors import choose
 
 # beta, learning rate: as the papers have them for models of billions of parameters.
 METHODS = {"dpo": (0.1, 5e-7), "ipo": (0.1, 5e-7), "simpo": (2.0, 5e-7), "orpo": (0.1, 5e-6)}
+TINY = dict(vocab_size=512, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64, max_seq_len=64)
 
 
 def get_config(arg: str = "dpo"):
-    """Returns the config of "METHOD" or "METHOD,RUN", the run to begin with."""
+    """Returns the config of "METHOD" or "METHOD,RUN", the run to begin with; tiny (tests): of dpo."""
     method, _, run = arg.partition(",")
-    beta, learning_rate = METHODS[choose(method, METHODS, "method of configs/preference.py")]
+    choose(method, (*METHODS, "tiny"), "method of configs/preference.py")
+    tiny, method = method == "tiny", "dpo" if method == "tiny" else method
+    beta, learning_rate = METHODS[method]
     c = fm_config.defaults()
     c.name = f"preference:{method}"
     if run:
@@ -29,4 +32,7 @@ def get_config(arg: str = "dpo"):
     c.data.train = "data/pairs"
     c.steps, c.batch_size, c.seq_len = "1 epoch", 32, min(512, c.model.max_seq_len)
     c.optimizer.learning_rate, c.optimizer.weight_decay, c.optimizer.warmup_steps = learning_rate, 0.0, "10%"
+    if tiny:
+        c.model.update(**TINY)
+        c.steps, c.batch_size, c.seq_len, c.optimizer.learning_rate = 20, 8, 64, 1e-3
     return c

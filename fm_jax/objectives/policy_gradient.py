@@ -89,8 +89,10 @@ class PolicyGradient(LanguageModel):
     def random_batch(self, n, rng):
         prompt = self.seq_len + 1 - self.max_new_tokens
         ids = rng.integers(0, self.arch.vocab_size, (n, self.seq_len + 1))
-        return self.examples([{"prompt": row[:prompt], "response": row[prompt:], "advantage": a}
-                              for row, a in zip(ids, rng.normal(size=n))], None)
+        batch = self.examples([{"prompt": row[:prompt], "response": row[prompt:], "advantage": a}
+                               for row, a in zip(ids, rng.normal(1.0, size=n))], None)
+        batch["old"][:] = batch["reference"][:] = -np.log(self.arch.vocab_size)
+        return batch
 
     def loss(self, params, batch, key=None):
         hidden, _, _ = self.module.apply({"params": params}, batch["tokens"], key=key)   # padding is behind all tokens
