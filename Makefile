@@ -19,7 +19,7 @@ quickstart: $(VENV)/.base  ## real text, tokenizer, a small GPT pretrained, eval
 	PYTHON=$(PYTHON) bash launch/quickstart.sh
 
 results: $(VENV)/.base  ## the table of results, from data and weights that it fetches; rows that are there are kept
-	$(PIP) --no-build-isolation --use-pep517 --editable '.[results]'
+	$(PIP) --no-build-isolation --use-pep517 --editable '.[results,gguf]'
 	$(PYTHON) -m fm_jax.results --output results
 
 test: $(VENV)/.test  ## all tests but the slow ones
