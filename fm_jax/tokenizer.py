@@ -69,7 +69,7 @@ class Tokenizer:
     @property
     def frame(self) -> tuple[list[int], list[int]]:
         """The ids before and behind a text of which an encoder makes a vector: as other libraries put them there."""
-        return [[i] if i is not None else [] for i in (self.bos_id, self.eos_id)]
+        return tuple([i] if i is not None else [] for i in (self.bos_id, self.eos_id))
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[np.ndarray]:
         """Returns the ids of each text, int32 [n], without ends.

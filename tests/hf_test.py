@@ -490,6 +490,29 @@ def test_our_own_tokenizers_become_a_tokenizer_json(kind, tmp_path):
     assert theirs.token_text_bytes() == ours.token_text_bytes()
 
 
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_our_own_tokenizers_frame_the_texts_of_an_exported_sentence_encoder(kind, tmp_path):
+    """As `embed` does: sentence-transformers asks the tokenizer's file for it."""
+    texts = some_texts()
+    ours = tokenizers.load("bytes") if kind == "bytes" else tokenizers.train_sentencepiece(
+        texts[0].splitlines(), 600, tmp_path / "trained")
+    config = hf.read_config(hf.open_folder(MODELS / "sentence_bert"))
+    config.model.vocab_size, config.hf_family = 640, ""
+    objective = objectives.load(config, ours)
+    params = sharding.unbox(objective.init(jax.random.key(0)))[0]
+    hf.save(tmp_path / "out", config, jax.tree.map(np.asarray, params), ours)
+    library = hf_tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    for text in ["", "To be", *texts[1:5]]:
+        framed = [ours.bos_id, *ours.encode(text), ours.eos_id]
+        assert library.encode(text).ids == framed and objective.text_ids([text])[0].tolist() == framed[:30][:-1] + [
+            ours.eos_id]
+    lm = fm_jax.load(tmp_path / "out")
+    assert lm.tokenizer.frame == ours.frame and lm.config.hf_family == "BertModel"
+    ids = objective.text_ids(["To be"])[0]
+    want = jax.jit(objective.predict["embed"])(params, ids[None], np.array([len(ids)]))
+    np.testing.assert_allclose(lm.embed(["To be"]), want, atol=1e-5)
+
+
 def test_a_sentencepiece_model_that_normalises_stays_one(tmp_path):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(some_texts()[0].splitlines()), model_writer=model,

@@ -177,7 +177,8 @@ def save(folder, config, params, tokenizer, *, file_bytes: int = FILE_BYTES) -> 
                 write_json(made / file, settings.pop(file))
         write_json(made / "config.json", settings)
         weights.save(made, family, model, names, file_bytes)
-        note = "no tokenizer" if tokenizer is None else tokenizer_files.save(made, tokenizer)
+        framed = sentences.FILE in family.files
+        note = "no tokenizer" if tokenizer is None else tokenizer_files.save(made, tokenizer, framed)
         made.chmod(0o755)   # mkdtemp's is private
         made.replace(folder)
     except BaseException as e:

@@ -279,7 +279,10 @@ def _lost(name, model, settings):
                      for f in ("head_dim", *(f for f, v in fixed.items() if getattr(arch, f) != v))]
     if lost:
         return lost
-    found = model_of(settings, "config.json")
+    try:
+        found = model_of(settings, "config.json")
+    except UserError as e:   # what is written means no model, such as rotated heads of an odd size
+        return [str(e)]
     for section, arch in model.stacks.items():
         own = meant(found.stacks[section])
         lost += [f"{mark(section)}{f}={getattr(arch, f)!r}" for f, value in meant(arch).items() if own[f] != value]

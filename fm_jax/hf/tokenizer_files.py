@@ -33,8 +33,12 @@ def read(path, ids: dict) -> tokenizers.Tokenizer:
     return tokenizers.HuggingFaceTokenizer(content, json.dumps(settings, ensure_ascii=False).encode(), str(path))
 
 
-def save(folder, tokenizer):
-    """Returns a line for the user; writes the tokenizer's files, for AutoTokenizer where it can read them."""
+def save(folder, tokenizer, framed: bool = False):
+    """Returns a line for the user; writes the tokenizer's files, for AutoTokenizer where it can read them.
+
+    framed: one of ours is to put its `frame` around a text there, as a sentence encoder's does; a file from elsewhere
+    has its own.
+    """
     tokenizer.save(folder)
     if isinstance(tokenizer, tokenizers.ByteTokenizer):
         write_json(folder / "tokenizer.json", _bytes_json(tokenizer))
@@ -44,6 +48,8 @@ def save(folder, tokenizer):
             return ("tokenizer: tokenizer.model alone, a SentencePiece model that normalises text or is not BPE, which "
                     "has no equal as tokenizer.json here")
         write_json(folder / "tokenizer.json", content)
+    if framed and not isinstance(tokenizer, tokenizers.HuggingFaceTokenizer):
+        write_json(folder / "tokenizer.json", _framed(read_json(folder / "tokenizer.json"), tokenizer))
     path = folder / "tokenizer_config.json"
     settings, content = read_json(path) if path.is_file() else {}, read_json(folder / "tokenizer.json")
     pieces = {t["id"]: t["content"] for t in content.get("added_tokens", [])}
@@ -54,6 +60,17 @@ def save(folder, tokenizer):
     settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     write_json(path, settings)
     return "tokenizer: tokenizer.json" + (", with its chat template" if tokenizer.chat_template else "")
+
+
+def _framed(content, tokenizer):
+    """Returns a tokenizer.json that adds the tokenizer's frame to every text."""
+    names = {i: name for name, i in tokenizer.specials.items()}
+    token = lambda i: {"SpecialToken": {"id": names[i], "type_id": 0}}
+    before, after = ([token(i) for i in ids] for ids in tokenizer.frame)
+    text = lambda which: [*before, {"Sequence": {"id": which, "type_id": 0}}, *after]
+    used = {names[i]: {"id": names[i], "ids": [i], "tokens": [names[i]]} for ids in tokenizer.frame for i in ids}
+    return content | {"post_processor": {"type": "TemplateProcessing", "single": text("A"),
+                                         "pair": [*text("A"), *text("B")], "special_tokens": used}}
 
 
 def _bytes_json(tokenizer):
