@@ -239,6 +239,16 @@ def test_what_cannot_be_adapted_is_said(changes, message):
         program(**changes)
 
 
+def test_the_config_of_fine_tuning_is_of_the_run(base, data, tmp_path):
+    config = config_lib.from_file(f"configs/finetune.py:{base}", {
+        "data.train": str(data), "adapt.lora": LORA, "steps": 1, "batch_size": 4, "eval.every": 0,
+        "log.tensorboard": False})
+    there = config_lib.load(base / "config.json")[0]
+    assert config.model == there.model and config.objective == there.objective
+    train(config, tmp_path / "tuned")
+    assert json.loads((tmp_path / "tuned" / "run.json").read_text())["base"]["folder"] == str(base)
+
+
 def test_adapters_without_a_base_are_refused(tiny_flags, tmp_path):
     with pytest.raises(UserError, match="none is named: set --config.checkpoint.init_from"):
         train(run_config(tiny_flags, "", adapt__lora=(".*w_up",)), tmp_path / "x")
