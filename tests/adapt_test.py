@@ -241,7 +241,7 @@ def test_what_cannot_be_adapted_is_said(changes, message):
 
 def test_the_config_of_fine_tuning_is_of_the_run(base, data, tmp_path):
     config = config_lib.from_file(f"configs/finetune.py:{base}", {
-        "data.train": str(data), "adapt.lora": LORA, "steps": 1, "batch_size": 4, "eval.every": 0,
+        "data.train": str(data), "adapt.lora": LORA, "steps": 1, "batch_size": 4, "eval.every": 0, "mesh.data": 1,
         "log.tensorboard": False})
     there = config_lib.load(base / "config.json")[0]
     assert config.model == there.model and config.objective == there.objective
