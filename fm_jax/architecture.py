@@ -68,6 +68,8 @@ class Architecture:
     qkv_bias: bool = False
     key_bias: bool = True               # False: queries and values alone have the qkv_bias (Whisper)
     attention_out_bias: bool = False
+    prompt_tokens: int = 0              # learned keys and values of so many places in each layer, behind a gate that is
+                                        # shut at first: what prefix tuning trains, of a model that is frozen else
     mlp_bias: bool = False
 
     num_experts: int = 0                # 0: one mlp for all tokens; else so many in each block, of which a router picks
@@ -135,7 +137,7 @@ class Architecture:
         for name in ("num_kv_heads", "head_dim", "mlp_dim", "window", "rope_local_theta", "attention_scale",
                      "attention_softcap", "logit_softcap", "pipeline_microbatches", "num_experts", "expert_dim",
                      "num_shared_experts", "capacity_factor", "num_dense_layers",
-                     "position_offset", "num_token_types", "patch_size"):
+                     "position_offset", "num_token_types", "prompt_tokens", "patch_size"):
             _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "must be 0 or more")
         if not self.num_kv_heads:
             set_("num_kv_heads", self.num_heads)
@@ -280,7 +282,7 @@ class Architecture:
             experts = self._expert_params(self.num_experts) + self.num_experts * self.router_bias
             mlps = self.num_dense_layers * mlp + (self.num_layers - self.num_dense_layers) * experts
         sublayers = 3 if self.cross_attention else 2
-        layer = attention * (sublayers - 1)
+        layer = attention * (sublayers - 1) + self.prompt_tokens * 2 * kv + self.num_heads * (self.prompt_tokens > 0)
         layer += norm * sublayers * (2 if self.norm_position == "sandwich" else 1)
         tables = self.vocab_size * D * (1 if self.tie_embeddings else 2)
         if self.patch_size:

@@ -384,11 +384,29 @@ class Attention(nn.Module):
             attend = functools.partial(ring.attention, layout=self.layout)
         if bias_KGR is not None:
             attend = functools.partial(attend, bias_KGR=bias_KGR)
-        out = attend(q, k, v, mask, scale=a.attention_scale or H ** -0.5, softcap=a.attention_softcap)
+        scale = a.attention_scale or H ** -0.5
+        out = attend(q, k, v, mask, scale=scale, softcap=a.attention_softcap)
+        if a.prompt_tokens and not self.cross:
+            out += self._prompted(q, scale)
         y = wo(_placed(out, self.layout, "batch", "length", "kv_heads", "groups", "head"))
         if a.attention_out_bias:
             y += param(self, "o_bias", zeros, a.param_dtype, norm=D).astype(y.dtype)
         return y, cache, own
+
+
+    def _prompted(self, q_BTKGH, scale):
+        """Returns [B, T, K, G, H]: what queries find in learned keys and values, which all of them see, times a gate.
+
+        Source: arXiv:2101.00190 (prefix tuning), with the softmax of its own and the gate of arXiv:2303.16199,
+        section 3.3: at first the model is what it was. Keys are not rotated.
+        """
+        a, K, G = self.arch, self.arch.num_kv_heads, self.arch.groups
+        table = lambda name: param(self, name, normal(0.02), a.param_dtype, position=a.prompt_tokens, kv_heads=K,
+                                   head=a.head_dim).astype(q_BTKGH.dtype)
+        gate_KG = jnp.tanh(param(self, "prompt_gate", zeros, a.param_dtype, kv_heads=K, groups=G).astype(jnp.float32))
+        s = jnp.einsum("btkgh,pkh->btkgp", q_BTKGH, table("prompt_k"), preferred_element_type=jnp.float32)
+        p = jax.nn.softmax(s * scale) * gate_KG[..., None]
+        return jnp.einsum("btkgp,pkh->btkgh", p.astype(q_BTKGH.dtype), table("prompt_v"))
 
 
 # --- mlp ------------------------------------------------------------------------------------------------------------

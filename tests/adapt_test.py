@@ -14,8 +14,10 @@ import tokenizers as hf_tokenizers
 
 import fm_jax
 from fm_jax import checkpoint, config as config_lib, objectives, quantize, sharding, tree
+from fm_jax.architecture import Architecture
 from fm_jax.errors import UserError
-from fm_jax.model import merged
+from fm_jax.kernels import Mask
+from fm_jax.model import Attention, merged
 from fm_jax.step import Program
 from fm_jax.train import train
 
@@ -247,6 +249,40 @@ def test_the_config_of_fine_tuning_is_of_the_run(base, data, tmp_path):
     assert config.model == there.model and config.objective == there.objective
     train(config, tmp_path / "tuned")
     assert json.loads((tmp_path / "tuned" / "run.json").read_text())["base"]["folder"] == str(base)
+
+
+def test_a_prefix_is_attended_to_beside_the_text(base, data, tmp_path):
+    """Shut at first; open, what NumPy makes of the queries; and step by step as all at once."""
+    config = config_lib.from_file(f"configs/finetune.py:{base},3", {
+        "data.train": str(data), "steps": 2, "batch_size": 4, "eval.every": 0, "log.tensorboard": False, "mesh.data": 1,
+        "optimizer.warmup_steps": 0, "optimizer.learning_rate": 0.3})
+    train(config, tmp_path / "prefix")
+    trained = tree.flatten(checkpoint.restore_params(tmp_path / "prefix"))
+    assert {n.split(".")[-1] for n in trained} == {"prompt_k", "prompt_v", "prompt_gate"}
+    lm, before = fm_jax.load(tmp_path / "prefix"), fm_jax.load(base)
+    rows = np.random.default_rng(0).integers(0, 256, (2, 16))
+    assert np.abs(lm.logits(rows) - before.logits(rows)).max() > 1e-3
+    shut = tree.nest({n: p * 0 if "prompt_gate" in n else p for n, p in tree.flatten(lm.params).items()})
+    np.testing.assert_array_equal(lm.objective.logits(shut, rows), before.objective.logits(before.params, rows))
+    made = lm.complete([rows[0].tolist()], max_new_tokens=4)[0].tokens
+    whole = np.concatenate([rows[:1], made[None]], axis=1)
+    assert lm.logits(whole)[0, 15:-1, :lm.tokenizer.vocab_size].argmax(-1).tolist() == made.tolist()
+
+
+def test_what_a_prefix_adds():
+    arch = Architecture(vocab_size=8, embed_dim=12, num_heads=4, num_kv_heads=2, head_dim=3, position="none",
+                        prompt_tokens=5)
+    rng, own = np.random.default_rng(0), Attention(arch)
+    x = rng.normal(size=(2, 7, 12)).astype(np.float32)
+    shapes = jax.eval_shape(lambda: own.init(jax.random.key(0), x, Mask()))["params"]
+    params = jax.tree.map(lambda b: rng.normal(size=b.value.shape).astype(np.float32), shapes, is_leaf=sharding.is_boxed)
+    apply = lambda params: own.apply({"params": params}, x, Mask())[0]
+    added = apply(params) - apply(params | {"prompt_gate": np.zeros((2, 2), np.float32)})
+    q = np.einsum("btd,dkgh->btkgh", x, params["wq"])
+    s = np.exp(np.einsum("btkgh,pkh->btkgp", q, params["prompt_k"]) / 3 ** 0.5)
+    y = np.einsum("btkgp,pkh->btkgh", s / s.sum(-1, keepdims=True), params["prompt_v"])
+    want = np.einsum("btkgh,kghd->btd", y * np.tanh(params["prompt_gate"])[..., None], params["wo"])
+    np.testing.assert_allclose(added, want, atol=2e-5)
 
 
 def test_adapters_without_a_base_are_refused(tiny_flags, tmp_path):
