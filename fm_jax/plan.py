@@ -48,8 +48,8 @@ def plan(config, *, devices: int | None = None) -> dict:
     config = forecast.resolved(config)
     program = forecast.program_on(config, sharding.abstract_mesh(config.mesh, devices))
     state, objective = program.abstract, program.objective
-    parts = {"parameters": state.params, "optimizer": state.opt_state, "ema": state.ema, "gradients": state.params,
-             "batch": program.batch_spec}
+    parts = {"parameters": state.params, "frozen": state.frozen, "optimizer": state.opt_state, "ema": state.ema,
+             "gradients": state.params, "batch": program.batch_spec}
     return {
         "name": config.name, "mesh": sharding.describe(program.layout.mesh), "parameters": tree.count(state.params),
         "steps": config.steps, "tokens_per_step": config.batch_size * objective.tokens_per_example,

@@ -53,6 +53,9 @@ def train(config, state, axes, sizes: dict[str, int], topology: Topology) -> Est
     Raises:
       UserError: a parameter that the mesh does not divide; a remat policy that is not modelled.
     """
+    if state.frozen is not None:
+        raise UserError("--topology: the analytic model is of models that train whole, and config.adapt freezes a part; "
+                        "plan without --topology counts its bytes")
     a, T, acc = Architecture(**config.model.to_dict()), config.seq_len, config.accumulation_steps
     layout = sharding.Layout(sharding.abstract_mesh(sizes))
     n = {axis: layout.mesh.shape[axis] for axis in layout.mesh.axis_names}

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from fm_jax import config as config_lib
-from fm_jax import optim, tree
+from fm_jax import objectives, optim, sharding, tree
 from fm_jax.errors import UserError
 
 L, D, K, G, H, F, V = 3, 8, 2, 2, 4, 12, 16
@@ -317,3 +317,27 @@ def test_moments_keep_their_shardings_inside_skip_outliers():
     tx = optim.skip_outliers(make(settings(), params)[0], 2.0, 2)
     placed = jax.tree.leaves(optim.state_shardings(tx, params, tree.names(params), "replicated"))
     assert placed.count("layers.attention.wq") == 2 and placed.count("replicated") == 3   # counts, mean norm
+
+
+def test_lower_layers_learn_slower():
+    """Each layer's update is `layer_decay` times what the one above it gets; embeddings are below all of them."""
+    def updates(decay):
+        c = config_lib.from_file("configs/masked_lm.py:base", {
+            "optimizer.layer_decay": decay, "model.num_layers": 3, "model.vocab_size": 16, "model.embed_dim": 4,
+            "model.num_heads": 2, "model.mlp_dim": 8, "model.max_seq_len": 8, "seq_len": 8, "optimizer.warmup_steps": 0,
+            "optimizer.schedule": "constant"})
+        params, axes = sharding.unbox(jax.eval_shape(objectives.load(c).init, jax.random.key(0)))
+        params = jax.tree.map(lambda p: jnp.ones(p.shape), params)
+        tx, _ = optim.make(c.optimizer, total_steps=10, warmup_steps=0, decay_steps=0, params=params, axes=axes)
+        return tree.flatten(tx.update(params, tx.init(params), params, step=0)[0])
+
+    slow, plain = updates(0.5), updates(1.0)
+    for name, update in slow.items():
+        ratio = np.asarray(update / plain[name])
+        if name.startswith("transformer.layers."):
+            want = np.array([0.25, 0.5, 1.0]).reshape(-1, *(1,) * (ratio.ndim - 1))
+        else:
+            below = name in ("embed.tokens", "embed.positions", "embed.types") or name.startswith("embed.norm.")
+            want = 0.125 if below else 1.0
+        np.testing.assert_allclose(ratio, np.broadcast_to(want, ratio.shape), rtol=1e-6, err_msg=name)
+    assert {"embed.transform", "embed.head_bias", "embed.transform_norm.scale"} <= set(slow)
