@@ -2,7 +2,7 @@
 
     python -m fm_jax.grpo --config configs/grpo.py:arithmetic --init runs/arith --workdir runs/rl
     python -m fm_jax.grpo --config configs/grpo.py:arithmetic --init runs/arith --workdir runs/rl \\
-        --config.objective_args.normalize_std=False --config.objective_args.average=constant     # Dr. GRPO
+        --config.objective_args.normalize_std=True --config.objective_args.average=response     # as in GRPO's paper
 
 Each batch: prompts of config.data.train (prepared with --examples; of a record "prompt" is a text or a chat's messages),
 `group_size` responses to each at temperature 1 by the policy as it is, their rewards by the checker, and `updates` steps

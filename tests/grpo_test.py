@@ -33,7 +33,8 @@ def config(problems, run, **changes):
         "mesh.data": 1, "steps": 12, "batch_size": 32, "seq_len": 16, "eval.every": 6, "checkpoint.every": 6,
         "checkpoint.keep_last": 9, "log.every": 2, "optimizer.learning_rate": 1e-2,
         "objective_args.reward": "grpo_test.plain", "objective_args.group_size": 8, "objective_args.max_new_tokens": 6,
-        "objective_args.updates": 2, "objective_args.kl": 0.01})
+        "objective_args.updates": 2, "objective_args.kl": 0.01, "objective_args.normalize_std": True,
+        "objective_args.average": "response", "optimizer.b2": 0.95, "optimizer.warmup_steps": 1})
     c.model = config_lib.load(run / "config.json")[0].model
     return config_lib.override(c, changes)
 
