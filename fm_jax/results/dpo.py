@@ -75,10 +75,10 @@ def make_pairs():
 
 def preferred(run, pairs) -> float:
     """Returns the share of the held-out pairs whose chosen reply has the higher log-probability a token."""
-    import fm_jax
+    from fm_jax import pretrained
     from fm_jax.data.examples import Examples
 
-    lm, held = fm_jax.load(run), Examples(pairs, "validation")
+    lm, held = pretrained.load(run), Examples(pairs, "validation")
     records = held[np.arange(len(held))]
     prompts = [lm.tokenizer.chat(r["prompt"]) for r in records]
     means = []
