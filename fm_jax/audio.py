@@ -33,7 +33,7 @@ def prepared(sound, rate: int = RATE) -> tuple[np.ndarray, list[str]]:
         what = str(sound)
         sound, rate = read_wav(sound)
     sound, notes = np.asarray(sound), []
-    if sound.ndim not in (1, 2) or not (np.issubdtype(sound.dtype, np.floating) or np.issubdtype(sound.dtype, np.signedinteger)):
+    if sound.ndim not in (1, 2) or not any(np.issubdtype(sound.dtype, kind) for kind in (np.floating, np.signedinteger)):
         raise UserError(f"{what}: {sound.dtype}{list(sound.shape)} is no sound; expected samples [n] or [n, channels], "
                         "floats from -1 to 1 or signed integers")
     if not sound.size:

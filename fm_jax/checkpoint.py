@@ -192,7 +192,8 @@ def _describe(folder, config, step, tokenizer, data, base):
         os.replace(here / "config.json.new", here / "config.json")
         if tokenizer is not None and run.get("tokenizer") != tokenizer.fingerprint:
             tokenizer.save(here / "tokenizer")
-        run |= _fingerprints(tokenizer, data) | ({"base": base} if base else {}) | {"starts": [*run.get("starts", []), _versions()]}
+        run |= _fingerprints(tokenizer, data) | {"starts": [*run.get("starts", []), _versions()]}
+        run |= {"base": base} if base else {}
         _write_json(here / "run.json", run)
 
 

@@ -19,8 +19,8 @@ of mistral, qwen2 and qwen3 too. They go out as such folders.
 The run it writes is at step 0, for evaluate, generate and fm_jax.load; training goes on from its weights in a run of
 its own, with --config.checkpoint.init_from. What it exports opens with transformers' AutoModelForCausalLM (or
 MaskedLM, Seq2SeqLM, SpeechSeq2Seq): the average of the parameters where the run keeps one, in the family that it was
-imported from, else in the first that can express it (`config.hf_family`). An exported tokenizer of ours puts nothing before a text; a
-prompt that is to begin where documents began in training spells it out: "<s>Once". Layer 5.
+imported from, else in the first that can express it (`config.hf_family`). An exported tokenizer of ours puts nothing
+before a text; a prompt that is to begin where documents began in training spells it out: "<s>Once". Layer 5.
 
 A run of adapters is merged with its base by --to_run and --to_hf. Adapters alone come and go in PEFT's format.
 """

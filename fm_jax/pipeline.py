@@ -75,8 +75,8 @@ def schedule(a, layout: Layout | None) -> Schedule | None:
         which = "num_dense_layers" if a.num_dense_layers else "first_norm"
         dense = f" without the first {a.num_first_layers} (model.{which})" if a.num_first_layers else ""
         raise UserError(f"model.num_layers={a.num_layers}{dense} does not make mesh.stage={stages} x "
-                        f"model.pipeline_repeats={a.pipeline_repeats} equal groups{of}; change one of them, or take a multiple of "
-                        f"{groups * period} layers")
+                        f"model.pipeline_repeats={a.pipeline_repeats} equal groups{of}; change one of them, or take a "
+                        f"multiple of {groups * period} layers")
     microbatches = a.pipeline_microbatches or stages
     if microbatches % stages:
         raise UserError(f"model.pipeline_microbatches={microbatches} must be a multiple of mesh.stage={stages}")

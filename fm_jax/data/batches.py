@@ -65,8 +65,8 @@ class Batches:
 def open_batches(config, objective, *, split: str = "train", name: str = "", rows=None) -> Batches:
     """Returns the run's `Batches`: endless and shuffled, or the held-out data once in order. `rows`: as there.
 
-    name: of one of `held_out_sets`; default all of them. Held-out batches end with padding. Where `config.eval.batches` is not 0 they are so many, of rows evenly spaced
-    over the whole.
+    name: of one of `held_out_sets`; default all of them. Held-out batches end with padding. Where `config.eval.batches`
+    is not 0 they are so many, of rows evenly spaced over the whole.
 
     Raises:
       UserError: missing or damaged data, of another kind than `objective.reads`, another tokenizer than the run's,

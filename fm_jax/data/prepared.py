@@ -63,7 +63,8 @@ _RECORD = struct.Struct("<16sQ")    # spool record: digest, bytes of text that f
 
 
 def prepare(sources: list[Source], tokenizer: str, output, *, text_key: str = "text", separator: str = "",
-            chat: bool = False, chat_template: str | None = None, validation_frac: float = 0.02, shard_tokens: int = 100_000_000, licence: str = "", workers: int = 1,
+            chat: bool = False, chat_template: str | None = None, validation_frac: float = 0.02,
+            shard_tokens: int = 100_000_000, licence: str = "", workers: int = 1,
             progress: Callable[[str, int], None] = lambda stage, documents: None) -> tuple[dict, bool]:
     """Returns the manifest of `output` and whether it was already there, made from the same sources.
 
@@ -142,7 +143,8 @@ def make_folder(output, kind: str, request: dict, sources: list[Source], licence
         _remove_leftovers(partial)
         partial.mkdir(parents=True)
         manifest = {
-            "format": request["format"], "kind": kind, "fingerprint": hashlib.sha256(json.dumps(request).encode()).hexdigest(),
+            "format": request["format"], "kind": kind,
+            "fingerprint": hashlib.sha256(json.dumps(request).encode()).hexdigest(),
             "request": request,
             "licence": licence or ", ".join(sorted({s.licence for s in sources if s.licence})) or "unknown",
             "sources": [{"name": s.name, "size_bytes": s.size_bytes, "sha256": s.sha256, "licence": s.licence}
@@ -323,7 +325,8 @@ class Rows:
         """Returns {"tokens", "segment_ids"}, int32 [n, T+1], of an array of row numbers [n].
 
         With them, where there are, "loss_mask", uint8 [n, T+1], "teacher_ids", int32, and "teacher_logprobs", float32
-        [n, T, top_k]: what is expected behind each token. Segments count the documents of a row from 1; padding is segment 0 and token 0.
+        [n, T, top_k]: what is expected behind each token. Segments count the documents of a row from 1; padding is
+        segment 0 and token 0.
         """
         start, end = self.extent(rows)
         shards = np.unique(np.searchsorted(self._bounds, [start, end - 1], "right") - 1)

@@ -63,8 +63,8 @@ class CausalLM(LanguageModel):
 
         A record is a packed row: `tokens` and `segment_ids`, int32 [n, seq_len + 1]. Segments count the documents of
         the row from 1; 0 is padding. A target counts where its input is of the same document and, if there is one,
-        the `loss_mask` (uint8 [n, seq_len + 1]) is 1; positions restart with each document. Held-out rows are plain next-token prediction, whatever the `fim_rate`: bits per byte
-        are of the text.
+        the `loss_mask` (uint8 [n, seq_len + 1]) is 1; positions restart with each document. Held-out rows are plain
+        next-token prediction, whatever the `fim_rate`: bits per byte are of the text.
         """
         tokens, segments = records["tokens"], records["segment_ids"]
         mask = records.get("loss_mask")
