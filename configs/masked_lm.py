@@ -7,17 +7,15 @@ a size for two CPU cores. The vocabulary has one id more than the tokenizer's: t
 """
 
 from fm_jax import config as fm_config
+from fm_jax.architecture import ENCODERS
 from fm_jax.errors import choose
 
-_BERT = dict(vocab_size=30592, mlp_dim=3072, max_seq_len=512, norm="layernorm", norm_bias=True, norm_eps=1e-12,
-             norm_position="post", final_norm=False, activation="gelu", gated_mlp=False, qkv_bias=True,
-             attention_out_bias=True, mlp_bias=True, position="learned", num_token_types=2, embed_norm=True,
-             head_transform=True, dropout=0.1, dtype="bfloat16", remat="dots")
+_POD = dict(vocab_size=30592, head_transform=True, dtype="bfloat16", remat="dots")
 SIZES = {
-    "tiny": dict(vocab_size=513, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64, max_seq_len=64),
-    "demo": dict(vocab_size=4097, num_layers=4, embed_dim=256, num_heads=4, max_seq_len=256, qk_norm="head"),
-    "base": dict(_BERT, num_layers=12, embed_dim=768, num_heads=12),
-    "large": dict(_BERT, num_layers=24, embed_dim=1024, num_heads=16, mlp_dim=4096),
+    "tiny": dict(ENCODERS["tiny"], vocab_size=513),
+    "demo": ENCODERS["demo"],
+    "base": dict(ENCODERS["base"], **_POD),
+    "large": dict(ENCODERS["large"], **_POD),
 }
 
 
@@ -29,7 +27,7 @@ def get_config(size: str = "demo"):
     c.objective = "fm_jax.objectives.masked_lm.MaskedLM"
     # c.objective_args: mask_rate (0.15), masking ("token"), mask_frac (0.8), random_frac (0.1), mask_id, z_loss (0).
     c.data.train = "data/english"
-    c.model.update(causal=False, **SIZES[size])
+    c.model.update(SIZES[size])
     if size == "tiny":
         c.steps, c.batch_size, c.seq_len, c.log.every = 20, 8, 64, 5
     elif size == "demo":

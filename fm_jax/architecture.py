@@ -368,6 +368,19 @@ SIZES = {
                  tie_embeddings=False),
 }
 
+# Encoders of text: BERT's shapes (arXiv:1810.04805), and that of all-MiniLM-L6-v2; modern ones of sizes for two cores.
+_BERT = dict(vocab_size=30522, max_seq_len=512, norm="layernorm", norm_bias=True, norm_eps=1e-12, norm_position="post",
+             final_norm=False, activation="gelu", gated_mlp=False, qkv_bias=True, attention_out_bias=True,
+             mlp_bias=True, position="learned", num_token_types=2, embed_norm=True, dropout=0.1, causal=False)
+ENCODERS = {
+    "tiny": dict(vocab_size=512, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64, max_seq_len=64, causal=False),
+    "demo": dict(vocab_size=4097, num_layers=4, embed_dim=256, num_heads=4, max_seq_len=256, qk_norm="head",
+                 causal=False),
+    "minilm": dict(_BERT, num_layers=6, embed_dim=384, num_heads=12, mlp_dim=1536),
+    "base": dict(_BERT, num_layers=12, embed_dim=768, num_heads=12, mlp_dim=3072),
+    "large": dict(_BERT, num_layers=24, embed_dim=1024, num_heads=16, mlp_dim=4096),
+}
+
 
 def _require(condition, name, value, remedy):
     if not condition:
