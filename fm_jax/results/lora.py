@@ -20,11 +20,11 @@ STEPS = 16
 
 def run(work, note) -> Row:
     """Returns held-out losses of what the second speaker says, and what each way trains and stores."""
-    base, data = smollm2(work), work / "chats"
+    base, data = smollm2(work), work / "chats_smollm2"
     command("prepare", "--chat", "--source=catalogue:chitchat", f"--tokenizer={base}/tokenizer", f"--output={data}")
     lines = []
     for i, (name, flags) in enumerate(WAYS):
-        folder = work / f"chats_{i}"
+        folder = work / f"chatty_{i}"
         shutil.rmtree(folder, ignore_errors=True)
         command("train", f"--config={CONFIGS}/finetune.py:{base}", f"--workdir={folder}", f"--config.data.train={data}",
                 f"--config.steps={STEPS}", "--config.batch_size=4", "--config.seq_len=256", "--config.eval.batches=12",
@@ -34,7 +34,7 @@ def run(work, note) -> Row:
         stored = sum(p.stat().st_size for p in (folder / "checkpoints").rglob("params/**/*") if p.is_file())
         lines.append([name, _trained(folder), stored / 1e6, loss, loss / (lines[0][3] if lines else loss)])
         note(f"{name}: {loss:.3f}")
-    before = _untouched(base, work / "chats_0")
+    before = _untouched(base, work / "chatty_0")
     lines.insert(0, ["none (the base)", 0.0, 0.0, before, before / lines[0][3]])
     return Row(("trained", "share of parameters", "checkpoint, MB", "held-out loss, nats/token", "to full"), lines, [0],
                f"{STEPS} steps of 4 rows of 256 tokens; the loss is of what one of two speakers says.")
