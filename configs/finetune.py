@@ -14,11 +14,12 @@ configs/finetune.py:runs/smollm2,16.
 import os
 
 from fm_jax import config as fm_config
+from fm_jax.errors import UserError
 
 
-def get_config(arg: str):
-    """Returns the config of a run that begins with the parameters of RUN; "RUN,P": and tunes a prefix of P places."""
-    run, _, places = arg.partition(",")
+def get_config(run: str):
+    """Returns the config of a run that begins with the parameters of `run`; "RUN,P": and tunes a prefix of P places."""
+    run, _, places = run.partition(",")
     base, _ = fm_config.load(f"{run}/config.json")
     c = fm_config.defaults()
     c.name = f"finetune:{os.path.basename(os.path.normpath(run))}"
@@ -26,6 +27,8 @@ def get_config(arg: str):
     c.objective_args.update(base.objective_args)
     c.model = base.model
     if places:
+        if not places.isdecimal():
+            raise UserError(f"configs/finetune.py:{run},{places}: after the comma comes a number of places, as in 16")
         c.model.prompt_tokens = int(places)
         c.checkpoint.init_pattern = "(?!.*[.]prompt_).*"   # which the base has not
         c.adapt.freeze = (c.checkpoint.init_pattern,)
