@@ -464,7 +464,7 @@ def test_validation_does_not_depend_on_the_batch_size_and_equals_direct_computat
     (["--config.mesh.data=16"], "mesh data=16 needs 16 devices, this machine (cpu) has 8; change "
      "--config.mesh"),
     (["--config.mesh.tensor=8", "--config.model.num_heads=4"], "not divisible by mesh.tensor=8"),
-    (["--config.batch_size=4096"], "fewer than one batch of 4096: prepare more text, or set a smaller "
+    (["--config.batch_size=4096"], "fewer than one batch of 4096: prepare more, or set a smaller "
      "--config.batch_size or --config.seq_len"),
     (["--config.data.train={data}x"], "no prepared data at"),
     (["--config.data.train={data}x"], "prepared"),   # the nearest name
