@@ -246,7 +246,7 @@ class Adaptation:
                             f"{run['folder']} (parameters {run['fingerprint'][:12]}): put that one back")
         if not stored.quantized and self._c.quantize:
             placed = layout.parameters(self.frozen, self.frozen_axes)
-            frozen = jax.jit(self.kept, out_shardings=placed, donate_argnums=0)(frozen)
+            frozen = jax.jit(self.kept, out_shardings=placed)(frozen)
         return frozen, {"folder": str(folder), "step": step, "fingerprint": mark}
 
 
