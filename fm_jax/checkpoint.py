@@ -391,8 +391,8 @@ def start(folder, config: ml_collections.ConfigDict, abstract, init, *, axes=Non
          average, if it keeps one), step 0;
       4. `init()`: all fresh.
     `abstract`: the state as `jax.ShapeDtypeStruct` with shardings; `init()`: a fresh state of these.
-    `axes`: logical axes of the parameters. `model`: all parameters of the model, where some
-    do not train or are adapters. `tokenizer`, `data`: as in `describe_run`; None is not compared.
+    `axes`: logical axes of the parameters. `model`: (all parameters of the model, their axes), where some do not train
+    or are adapters. `tokenizer`, `data`: as in `describe_run`; None is not compared.
 
     Raises:
       UserError: the newest checkpoint is corrupt, unless `on_corrupt` is "previous"; then the newest good one
@@ -418,10 +418,10 @@ def start(folder, config: ml_collections.ConfigDict, abstract, init, *, axes=Non
     if options.init_from:
         item = lambda checkpoint: _params_item(checkpoint, ema=True)
         step, note = _newest_good(options.init_from, options.on_corrupt, lambda checkpoint: (item(checkpoint),))
-        chosen = tree.flatten(tree.mask(model or abstract.params, [options.init_pattern],
-                                        "config.checkpoint.init_pattern"))
+        whole, whole_axes = model or (abstract.params, axes)
+        chosen = tree.flatten(tree.mask(whole, [options.init_pattern], "config.checkpoint.init_pattern"))
         wanted = {n: a for n, a in tree.flatten(abstract.params).items() if chosen.get(n)}
-        note += _check_vocabulary(options.init_from, wanted, axes, tokenizer)
+        note += _check_vocabulary(options.init_from, [n for n in chosen if chosen[n]], whole_axes, tokenizer)
         checkpoint = storage.place(options.init_from) / "checkpoints" / str(step)
         read = tree.flatten(_read_params(checkpoint / item(checkpoint), tree.nest(wanted))) if wanted else {}
         state = init()

@@ -90,7 +90,7 @@ def train(config, workdir) -> dict[str, float]:
         files = held.enter_context(storage.local(workdir, "metrics.jsonl", "logs/process_0.log"))
         distributed.log_to(files.path)
         state, step, origin = checkpoint.start(workdir, config, program.abstract, program.init, axes=program.axes,
-                                               model=program.adaptation.model[0], **described)
+                                               model=program.adaptation.model, **described)
         if program.abstract.frozen is not None:
             frozen, described["base"] = program.adaptation.read_base(config, layout, checkpoint.base_of(workdir))
             state = state.replace(frozen=frozen)

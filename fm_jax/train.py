@@ -125,7 +125,7 @@ def train(config, workdir, *, profile_steps: int = 0, peers: distributed.Peers |
         distributed.log_to(files.path)
         # Whatever refuses the start does so before anything in the folder changes.
         state, start, origin = checkpoint.start(workdir, config, program.abstract, program.init, axes=program.axes,
-                                                model=program.adaptation.model[0], **described)
+                                                model=program.adaptation.model, **described)
         if program.abstract.frozen is not None:
             frozen, described["base"] = program.adaptation.read_base(config, layout, checkpoint.base_of(workdir))
             state = state.replace(frozen=frozen)

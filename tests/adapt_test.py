@@ -240,6 +240,14 @@ def test_what_cannot_be_adapted_is_said(changes, message):
         program(**changes)
 
 
+def test_a_base_of_another_tokenizer_is_refused(base, tiny_flags, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    run = json.loads((base / "run.json").read_text())
+    (tmp_path / "base" / "run.json").write_text(json.dumps(run | {"tokenizer": "0" * 64}))
+    with pytest.raises(UserError, match="had another tokenizer .*rows of embed.tokens stand for other tokens"):
+        train(run_config(tiny_flags, tmp_path / "base", adapt__lora=LORA), tmp_path / "x")
+
+
 def test_the_config_of_fine_tuning_is_of_the_run(base, data, tmp_path):
     config = config_lib.from_file(f"configs/finetune.py:{base}", {
         "data.train": str(data), "adapt.lora": LORA, "steps": 1, "batch_size": 4, "eval.every": 0, "mesh.data": 1,
