@@ -152,8 +152,9 @@ def test_nothing_masked_is_seen():
     np.testing.assert_array_equal(seen, before["segment_ids"][0] == 1)
 
 
-@pytest.mark.parametrize("mesh", [dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, context=2),
-                                  dict(stage=2, fsdp=2)], ids=str)
+@pytest.mark.parametrize("mesh", [dict(data=2, fsdp=2, tensor=2),
+                                  pytest.param(dict(fsdp=2, context=2), marks=pytest.mark.slow),
+                                  pytest.param(dict(stage=2, fsdp=2), marks=pytest.mark.slow)], ids=str)
 def test_every_mesh_trains_the_same(mesh):
     changes = {"seq_len": 32, "batch_size": 8, "optimizer.learning_rate": 1e-2}
     r = {k: v[:, :33] for k, v in records(8).items()}
