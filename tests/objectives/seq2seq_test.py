@@ -177,7 +177,8 @@ def test_flops_are_those_of_the_step():
     assert 0.97 < objective.flops_per_example / roofline.jaxpr_flops(traced)[0] < 1
 
 
-@pytest.mark.parametrize("mesh", [dict(data=2, fsdp=2, tensor=2), pytest.param(dict(stage=2, fsdp=2), marks=pytest.mark.slow),
+@pytest.mark.parametrize("mesh", [dict(data=2, fsdp=2, tensor=2),
+                                  pytest.param(dict(stage=2, fsdp=2), marks=pytest.mark.slow),
                                   pytest.param(dict(data=8), marks=pytest.mark.slow)], ids=str)
 def test_every_mesh_trains_the_same(mesh):
     changes = {"batch_size": 8, "optimizer.learning_rate": 1e-2, "encoder.num_layers": 2, "model.remat": "full"}
