@@ -67,5 +67,5 @@ def _texts(which: slice) -> list[str]:
     from fm_jax.data import catalogue
 
     entry = catalogue.find("wikipedia_introductions")
-    return [r["text"][:1000] for r in itertools.islice(entry.texts(catalogue.fetch(entry, cache())), which.start,
-                                                       which.stop)]
+    texts = entry.texts(catalogue.fetch(entry, cache()))
+    return [text[:1000] for text in itertools.islice(texts, which.start, which.stop)]
