@@ -83,9 +83,10 @@ def test_the_scale_is_of_the_rank():
     np.testing.assert_allclose(added[1], added[0] * 3 ** 0.5, atol=1e-6)
 
 
-@pytest.mark.parametrize("changes", [dict(adapt__lora=LORA), dict(adapt__lora=LORA, adapt__dora=True),
-                                     dict(adapt__lora=LORA, adapt__quantize="nf4"),
-                                     dict(adapt__freeze=("embed.*", ".*norm.*"))])
+@pytest.mark.parametrize("changes", [
+    pytest.param(dict(adapt__lora=LORA), marks=pytest.mark.slow),
+    pytest.param(dict(adapt__lora=LORA, adapt__dora=True), marks=pytest.mark.slow),
+    dict(adapt__lora=LORA, adapt__quantize="nf4"), dict(adapt__freeze=("embed.*", ".*norm.*"))])
 def test_at_first_it_is_the_base_and_then_only_what_trains_changes(changes):
     p = program(**changes)
     state, model = begun(p)
@@ -137,8 +138,7 @@ def test_dropout_leaves_out_inputs_and_only_in_training():
 
 def test_any_mesh_trains_the_same_adapter():
     losses = []
-    for mesh in ({"data": 1}, {"fsdp": 4, "tensor": 2}, {"data": 2, "context": 2, "tensor": 2},
-                 {"stage": 2, "fsdp": 4}):
+    for mesh in ({"data": 1}, {"data": 2, "context": 2, "tensor": 2}, {"stage": 2, "fsdp": 4}):
         p = program(mesh, adapt__lora=LORA, adapt__dora=True, adapt__quantize="int4", batch_size=8)
         state, _ = begun(p, adapters="random")
         batch = p.place(p.objective.random_batch(8, np.random.default_rng(0)))
