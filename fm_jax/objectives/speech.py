@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax import audio, model, pipeline
+from fm_jax import audio
 from fm_jax import config as config_lib
 from fm_jax.architecture import Architecture, encoder_decoder_flops
 from fm_jax.errors import UserError, choose
 from fm_jax.frontends import SpeechModel
 from fm_jax.model import Context
-from fm_jax.objectives import Loss
+from fm_jax.objectives import Loss, check_stacks
 from fm_jax.sharding import Layout
 from fm_jax.tokenizer import check_vocab
 
@@ -61,25 +61,14 @@ class SpeechRecognition:
         """Raises UserError where the two stacks do not go together, or not with the mesh."""
         arch, encoder = self.arch, self.encoder
         rules = [
-            (arch.causal and arch.cross_attention, "model.causal and model.cross_attention must be True: it is the "
-             "decoder"),
-            (not encoder.causal and not encoder.cross_attention, "encoder.causal and encoder.cross_attention must be "
-             "False"),
             (encoder.embed_dim == arch.embed_dim, f"encoder.embed_dim={encoder.embed_dim} must be the model's, "
              f"{arch.embed_dim}"),
             (encoder.embed_dim % 2 == 0 and encoder.position == "none", f"encoder.position={encoder.position!r} must be "
              "'none', and its width even: the frames come with sines and cosines"),
             (self.target_length <= arch.max_seq_len, f"objective_args.target_length={self.target_length} exceeds "
              f"model.max_seq_len={arch.max_seq_len}"),
-            (not arch.num_experts and not encoder.num_experts, "num_experts: experts are causal_lm's; set it to 0"),
         ]
-        for holds, text in rules:
-            if not holds:
-                raise UserError(f"config.{text}")
-        if layout is not None:
-            model.check(encoder, encoder.max_seq_len, layout)
-            model.check(arch, self.target_length, layout)
-            pipeline.schedule(encoder, layout)
+        check_stacks(arch, encoder, encoder.max_seq_len, self.target_length, layout, rules)
 
     # --- the contract -------------------------------------------------------------------------------------------
 
